@@ -1,0 +1,1 @@
+"""The stored unit: geometry of paged memory, the chunk format and its checksums. Pure; see ``FORMAT.md``."""

@@ -1,0 +1,228 @@
+"""Configuration: one frozen tree, read in one printed order; the only module that reads the environment.
+
+Order, later wins: defaults, YAML file (``config_file`` or ``MEMKV_ENGINES_CONFIG_FILE``), ``MEMKV_ENGINES_*``
+variables, the engine's extra config. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memkv_engines.errors import ConfigError
+from memkv_engines.limits import (
+    DEFAULT_CHUNK_TARGET_BYTES,
+    MAX_CHUNK_TARGET_BYTES,
+    MAX_IO_THREADS,
+    MIB,
+    MIN_CHUNK_TARGET_BYTES,
+)
+
+ENV_PREFIX = "MEMKV_ENGINES_"
+
+
+def _key(default: Any, help_: str, *, choices: tuple[str, ...] = (), low: float = 0, high: float = 2**62) -> Any:
+    return field(default=default, metadata={"help": help_, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """Where chunks live."""
+
+    path: str = _key("", "directory of the tier (NVMe or a shared mount); required")
+    capacity_bytes: int = _key(0, "stores stop when the chunks reach this size; 0 means no bound")
+    direct_io: str = _key("auto", "O_DIRECT: auto (probe and time), on, off", choices=("auto", "on", "off"))
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """How big chunks are."""
+
+    chunk_target_bytes: int = _key(
+        DEFAULT_CHUNK_TARGET_BYTES,
+        "wanted chunk size; the number of whole blocks nearest to it is taken",
+        low=MIN_CHUNK_TARGET_BYTES,
+        high=MAX_CHUNK_TARGET_BYTES,
+    )
+
+
+@dataclass(frozen=True)
+class IoConfig:
+    """How bytes move."""
+
+    io_process: str = _key(
+        "auto",
+        "run the I/O loop in a child process, outside the engine's GIL: auto, on, off (a thread)",
+        choices=("auto", "on", "off"),
+    )
+    io_threads: int = _key(4, "threads of the I/O loop", low=1, high=MAX_IO_THREADS)
+    staging_bytes: int = _key(256 * MIB, "staging memory per worker, half for loads, half for stores", low=8 * MIB)
+    load_timeout_ms: int = _key(30_000, "a load older than this is abandoned and recomputed", low=10)
+    fence_timeout_ms: int = _key(2_000, "longest wait of a step for gathers before the stores are dropped", low=10)
+
+
+@dataclass(frozen=True)
+class LookupConfig:
+    """What is known about the tier without asking it."""
+
+    index_entries: int = _key(1 << 20, "chunks the in-memory index can hold", low=1 << 10, high=1 << 28)
+    hit_ttl_s: float = _key(600.0, "a known hit is asked for again after this long", low=0.1)
+    miss_ttl_s: float = _key(2.0, "a known miss is asked for again after this long")
+    probe_timeout_ms: int = _key(250, "a look-up that takes longer becomes a miss", low=1)
+
+
+@dataclass(frozen=True)
+class IdentityConfig:
+    """What keeps tenants and models apart."""
+
+    tenant: str = _key("", "tenants with different names never share a chunk")
+    weights_id: str = _key("", "names the weights instead of fingerprinting them; two models must never share one")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What is done."""
+
+    store: bool = _key(True, "write new chunks")
+    load: bool = _key(True, "use stored chunks")
+    on_load_failure: str = _key(
+        "recompute", "what the engine does with a request whose load failed", choices=("recompute", "fail")
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration, grouped; keys are flat and unique over the groups."""
+
+    tier: TierConfig = TierConfig()
+    chunk: ChunkConfig = ChunkConfig()
+    io: IoConfig = IoConfig()
+    lookup: LookupConfig = LookupConfig()
+    identity: IdentityConfig = IdentityConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def describe(self) -> str:
+        """One line per key with its value and where it came from."""
+        lines = []
+        for group, key in _KEYS.values():
+            value = getattr(getattr(self, group), key)
+            lines.append(f"{key}={value!r} ({self.sources.get(key, 'default')})")
+        return "\n".join(lines)
+
+
+_GROUPS: dict[str, type] = {
+    "tier": TierConfig,
+    "chunk": ChunkConfig,
+    "io": IoConfig,
+    "lookup": LookupConfig,
+    "identity": IdentityConfig,
+    "policy": PolicyConfig,
+}
+_KEYS: dict[str, tuple[str, str]] = {
+    f.name: (group, f.name) for group, cls in _GROUPS.items() for f in dataclasses.fields(cls)
+}
+CONFIG_FILE_KEY = "config_file"
+assert len(_KEYS) == sum(len(dataclasses.fields(c)) for c in _GROUPS.values()), "config keys must be unique"
+assert len(_KEYS) < 25, "the configuration stays small"
+
+
+def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Read the configuration.
+
+    Args:
+        extra: the engine's extra config (``kv_connector_extra_config``).
+        environ: environment to read; the process's by default.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range, or no ``path``.
+    """
+    extra = dict(extra or {})
+    environ = os.environ if environ is None else environ
+    from_env = {k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
+    file_name = extra.pop(CONFIG_FILE_KEY, None) or from_env.pop(CONFIG_FILE_KEY, None)
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if file_name:
+        layers.append((f"file {file_name}", _read_yaml(str(file_name))))
+    layers.append(("environment", from_env))
+    layers.append(("engine's extra config", extra))
+    values: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        for key, raw in layer.items():
+            group, name = _resolve(key, source)
+            values[group][name] = _convert(_field_of(group, name), raw, source)
+            sources[name] = source
+    config = Config(**{g: cls(**values[g]) for g, cls in _GROUPS.items()}, sources=sources)
+    if not config.tier.path:
+        raise ConfigError(
+            "key 'path' is missing: give the tier's directory, e.g. "
+            '--kv-transfer-config \'{"kv_connector": "MemKVConnector", "kv_role": "kv_both", '
+            '"kv_connector_extra_config": {"path": "/nvme/memkv"}}\' or MEMKV_ENGINES_PATH=/nvme/memkv'
+        )
+    return config
+
+
+def _resolve(key: str, source: str) -> tuple[str, str]:
+    if key not in _KEYS:
+        near = difflib.get_close_matches(key, [*_KEYS, CONFIG_FILE_KEY], n=1, cutoff=0.0)
+        raise ConfigError(f"unknown key {key!r} in {source}: did you mean {near[0]!r}? Known keys: {sorted(_KEYS)}")
+    return _KEYS[key]
+
+
+def _field_of(group: str, name: str) -> dataclasses.Field[Any]:
+    return next(f for f in dataclasses.fields(_GROUPS[group]) if f.name == name)
+
+
+def _convert(spec: dataclasses.Field[Any], raw: Any, source: str) -> Any:
+    kind = str(spec.type)
+
+    def reject(why: str) -> ConfigError:
+        return ConfigError(f"key {spec.name!r} in {source} has value {raw!r}: {why}. It is: {spec.metadata['help']}")
+
+    value: Any
+    if kind == "bool":
+        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        value = raw if isinstance(raw, bool) else words.get(str(raw).lower())
+        if value is None:
+            raise reject("give true or false")
+        return value
+    if kind in ("int", "float"):
+        if isinstance(raw, bool):
+            raise reject("give a number")
+        try:
+            value = int(str(raw), 0) if kind == "int" and not isinstance(raw, float) else float(raw)
+        except (TypeError, ValueError) as error:
+            raise reject("give a number") from error
+        if kind == "int" and value != int(value):
+            raise reject("give a whole number")
+        value = int(value) if kind == "int" else value
+        if not spec.metadata["low"] <= value <= spec.metadata["high"]:
+            raise reject(f"give a number from {spec.metadata['low']} to {spec.metadata['high']}")
+        return value
+    # YAML reads a bare `on` or `off` as a boolean; the switches of this file are words.
+    value = {True: "on", False: "off"}[raw] if isinstance(raw, bool) and spec.metadata["choices"] else raw
+    if not isinstance(value, str):
+        raise reject("give a text")
+    if spec.metadata["choices"] and value not in spec.metadata["choices"]:
+        raise reject(f"give one of {list(spec.metadata['choices'])}")
+    return value
+
+
+def _read_yaml(file_name: str) -> Mapping[str, Any]:
+    try:
+        body = yaml.safe_load(Path(file_name).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{CONFIG_FILE_KEY}={file_name!r} cannot be read as YAML: {error}") from error
+    if body is None:
+        return {}
+    if not isinstance(body, dict) or not all(isinstance(k, str) for k in body):
+        raise ConfigError(f"{CONFIG_FILE_KEY}={file_name!r} must hold a map of keys to values")
+    return body

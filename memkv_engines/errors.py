@@ -1,0 +1,106 @@
+"""The package's exception tree.
+
+::
+
+    MemKVError
+    ├── ConfigError            a key or value the user gave is wrong: refuse to start
+    ├── IdentityError          what the bytes would mean is unknown or unsafe: refuse to start
+    ├── LayoutError            a KV geometry we cannot move
+    ├── ChunkError             a stored chunk is unusable: a counted miss, never an engine failure
+    │   ├── ChunkMissing       no such object (evicted, or never written)
+    │   ├── ChunkTruncated     shorter than its header says
+    │   ├── ChunkDamaged       a checksum does not match
+    │   ├── ChunkForeign       another namespace, key, geometry, owner or file type
+    │   └── ChunkVersion       a format version, flag or algorithm this build does not know
+    ├── TierError              the place where chunks live failed
+    │   ├── TierFull           no room (capacity bound or ENOSPC): the store is shed
+    │   └── TierUnavailable    cannot be opened, listed or written
+    ├── TransportError         moving bytes failed (EIO, short transfer)
+    └── IoServiceError         the I/O process died, hung or answered nonsense
+
+Every ``ChunkError`` has a short ``kind``, which is also the name of its counter.
+"""
+
+from __future__ import annotations
+
+
+class MemKVError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(MemKVError):
+    """A configuration key or value is wrong. The message names key, value and remedy."""
+
+
+class IdentityError(MemKVError):
+    """The identity of the KV bytes is unknown or unsafe to persist."""
+
+
+class LayoutError(MemKVError):
+    """The KV geometry handed over by the engine cannot be described by tiles."""
+
+
+class ChunkError(MemKVError):
+    """A stored chunk is unusable. Callers count it by ``kind`` and treat it as a miss."""
+
+    kind = "chunk_error"
+
+
+class ChunkMissing(ChunkError):
+    """The object does not exist."""
+
+    kind = "missing"
+
+
+class ChunkTruncated(ChunkError):
+    """The object is shorter than its header promises."""
+
+    kind = "truncated"
+
+
+class ChunkDamaged(ChunkError):
+    """A stored digest does not match the bytes."""
+
+    kind = "damaged"
+
+
+class ChunkForeign(ChunkError):
+    """The object belongs to another namespace, key, geometry or owner."""
+
+    kind = "foreign"
+
+
+class ChunkVersion(ChunkError):
+    """The object was written in a format this build does not understand."""
+
+    kind = "version"
+
+
+class TierError(MemKVError):
+    """The tier failed as a whole rather than for one chunk."""
+
+    kind = "tier_error"
+
+
+class TierFull(TierError):
+    """There is no room for another chunk."""
+
+    kind = "full"
+
+
+class TierUnavailable(TierError):
+    """The tier cannot be opened, listed or written."""
+
+    kind = "unavailable"
+
+
+class TransportError(MemKVError):
+    """Moving bytes failed."""
+
+    kind = "io_error"
+
+
+class IoServiceError(MemKVError):
+    """The I/O service died, hung or broke its protocol."""
+
+    kind = "io_service"

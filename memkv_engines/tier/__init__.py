@@ -1,0 +1,1 @@
+"""Where chunks live: memory (reference) and directory (NVMe or a shared mount)."""

@@ -1,0 +1,406 @@
+"""Directory tier: one file per chunk on local NVMe or a shared mount.
+
+``<root>/<namespace>/<bucket>/<chunk name>``; files 0600, folders 0700. Files are written under a temporary name and
+renamed, so a reader sees a whole object or none; an open descriptor survives eviction. All opens are relative to a
+directory descriptor and follow no links. Torn or lost writes are found by the checksum, so nothing is fsynced.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from memkv_engines.errors import (
+    ChunkForeign,
+    ChunkMissing,
+    TierFull,
+    TierUnavailable,
+    TransportError,
+)
+from memkv_engines.keys import ChunkName, Namespace, bucket_of
+from memkv_engines.limits import (
+    MAX_BUCKET_ENTRIES_LISTED,
+    MAX_CHUNK_BYTES,
+    MAX_OPEN_BUCKETS,
+    MAX_VARIANTS_EXAMINED,
+    TEMPORARY_MAX_AGE_S,
+)
+from memkv_engines.tier.base import ChunkReader, PutResult, Tier
+from memkv_engines.transports.posix import BUFFERED, DIRECT, ModeReport, PosixTransport, probe_modes
+
+_TEMPORARY = ".tmp-"
+_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK so that a FIFO planted under a chunk's name cannot hang the open; regular files ignore it.
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_FULL_BACKOFF_S = 5.0
+
+
+class _FileReader(ChunkReader):
+    def __init__(self, transport: PosixTransport, fd: int, object_bytes: int) -> None:
+        self._transport, self._fd = transport, fd
+        self.object_bytes = object_bytes
+
+    def read(self, views: Sequence[memoryview], offset: int) -> None:
+        self._transport.read(self._fd, views, offset)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class DirectoryTier(Tier):
+    """Chunks as files below one directory that any number of processes may share.
+
+    Args:
+        root: the directory; made with mode 0700 if it is missing.
+        direct_io: ``auto``, ``on`` or ``off``, see ``probe_modes``.
+        capacity_bytes: stores stop when the chunks below ``root`` reach this size, 0 for no bound. The size is counted
+            by a background scan and this process's own writes: processes that share a directory may overshoot by what
+            the others wrote since the scan.
+        read_only: never write, not even to probe.
+
+    Raises:
+        TierUnavailable: the directory cannot be made, opened or written.
+    """
+
+    def __init__(
+        self, root: str | Path, *, direct_io: str = "auto", capacity_bytes: int = 0, read_only: bool = False
+    ) -> None:
+        self.root = Path(root)
+        self._capacity_bytes = capacity_bytes
+        self._read_only = read_only
+        self._root_fd = self._open_root()
+        try:
+            self.mode_report = self._choose_mode(direct_io)
+        except BaseException:
+            os.close(self._root_fd)
+            raise
+        self._transport = PosixTransport(self.mode_report.mode)
+        self.name = f"directory({self._transport.name})"
+        self.align_bytes = self._transport.align_bytes
+        self._lock = threading.Lock()
+        self._buckets: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._written_bytes = 0
+        self._scanned_bytes: int | None = None
+        self._full_until = 0.0
+
+    # --- writing -------------------------------------------------------------
+
+    def put(self, folder: str, name: ChunkName, views: Sequence[memoryview], *, replace: bool = False) -> PutResult:
+        if self._read_only:
+            raise TierUnavailable("the tier is read-only")
+        if not replace and self.exists(folder, [name])[0]:
+            return PutResult(0, True)
+        size = sum(v.nbytes for v in views)
+        self._reserve(size)
+        try:
+            written = self._publish(folder, name, views)
+        except TierFull:
+            self._full_until = time.monotonic() + _FULL_BACKOFF_S
+            raise
+        with self._lock:
+            self._written_bytes += size
+        return PutResult(written, False)
+
+    def _reserve(self, size_bytes: int) -> None:
+        if time.monotonic() < self._full_until:
+            raise TierFull("the device was full a moment ago")
+        used = (self._scanned_bytes or 0) + self._written_bytes
+        if self._capacity_bytes and used + size_bytes > self._capacity_bytes:
+            raise TierFull(f"capacity_bytes={self._capacity_bytes} reached: {used} B used")
+
+    def _publish(self, folder: str, name: ChunkName, views: Sequence[memoryview]) -> int:
+        temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | self._transport.open_flags
+        for attempt in (0, 1):
+            bucket_fd = self._bucket(folder, name.bucket, create=True)
+            try:
+                fd = os.open(temporary, flags, 0o600, dir_fd=bucket_fd)
+                break
+            except FileNotFoundError as error:
+                # The folder was removed behind our back while we held it open: make it again, once.
+                self._forget(folder, name.bucket)
+                if attempt:
+                    raise TierUnavailable(f"cannot create files in {folder}/{name.bucket}") from error
+            except OSError as error:
+                raise _as_tier_error(error, "cannot create a chunk") from error
+        try:
+            try:
+                written = self._transport.write(fd, views, 0)
+            finally:
+                os.close(fd)
+            os.rename(temporary, name.text, src_dir_fd=bucket_fd, dst_dir_fd=bucket_fd)
+        except OSError as error:
+            _unlink_quietly(temporary, bucket_fd)
+            raise _as_tier_error(error, "cannot publish a chunk") from error
+        except BaseException:
+            _unlink_quietly(temporary, bucket_fd)
+            raise
+        return written
+
+    def remove(self, folder: str, name: ChunkName) -> bool:
+        bucket_fd = self._bucket(folder, name.bucket, create=False)
+        if bucket_fd < 0:
+            return False
+        try:
+            os.unlink(name.text, dir_fd=bucket_fd)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise TierUnavailable(f"cannot remove a chunk: {error.strerror}") from error
+        return True
+
+    def write_manifest(self, namespace: Namespace) -> None:
+        if self._read_only:
+            return
+        self._make_folder(self._root_fd, namespace.folder)
+        try:
+            folder_fd = os.open(namespace.folder, _DIR_FLAGS, dir_fd=self._root_fd)
+        except OSError as error:
+            raise TierUnavailable(f"cannot open namespace folder {namespace.folder}: {error.strerror}") from error
+        temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
+            with os.fdopen(fd, "wb") as file:
+                file.write(namespace.canonical_json)
+            os.rename(temporary, "manifest.json", src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+        except OSError as error:
+            _unlink_quietly(temporary, folder_fd)
+            raise _as_tier_error(error, "cannot write the namespace manifest") from error
+        finally:
+            os.close(folder_fd)
+
+    # --- reading -------------------------------------------------------------
+
+    def open(self, folder: str, name: ChunkName) -> ChunkReader:
+        bucket_fd = self._bucket(folder, name.bucket, create=False)
+        if bucket_fd < 0:
+            raise ChunkMissing(f"no object {name.text}")
+        try:
+            fd = os.open(name.text, _READ_FLAGS | self._transport.open_flags, dir_fd=bucket_fd)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                raise ChunkMissing(f"no object {name.text}") from error
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL):
+                raise ChunkForeign(f"not a regular file: {name.text}") from error
+            raise TransportError(f"cannot open a chunk: {error.strerror}") from error
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise ChunkForeign(f"not a regular file: {name.text}")
+            if info.st_uid not in (os.geteuid(), 0):
+                raise ChunkForeign(f"owned by user {info.st_uid}, not by us: {name.text}")
+            if info.st_size > MAX_CHUNK_BYTES:
+                raise ChunkForeign(f"{info.st_size} B is larger than any chunk: {name.text}")
+        except BaseException:
+            os.close(fd)
+            raise
+        return _FileReader(self._transport, fd, info.st_size)
+
+    def exists(self, folder: str, names: Iterable[ChunkName]) -> list[bool]:
+        return [self._exists(folder, name) for name in names]
+
+    def _exists(self, folder: str, name: ChunkName) -> bool:
+        bucket_fd = self._bucket(folder, name.bucket, create=False)
+        if bucket_fd < 0:
+            return False
+        try:
+            return stat.S_ISREG(os.stat(name.text, dir_fd=bucket_fd, follow_symlinks=False).st_mode)
+        except OSError:
+            return False
+
+    def variants(self, folder: str, first: bytes, group: int, shard_text: str) -> list[ChunkName]:
+        bucket_fd = self._bucket(folder, bucket_of(first), create=False)
+        if bucket_fd < 0:
+            return []
+        prefix = first.hex()
+        found: list[tuple[int, ChunkName]] = []
+        try:
+            entries = os.listdir(bucket_fd)
+        except OSError:
+            return []
+        for text in entries[:MAX_BUCKET_ENTRIES_LISTED]:
+            if not text.startswith(prefix):
+                continue
+            try:
+                name = ChunkName.parse(text)
+                modified_ns = os.stat(text, dir_fd=bucket_fd, follow_symlinks=False).st_mtime_ns
+            except (ChunkForeign, OSError):
+                continue
+            if (name.group, name.shard_text) == (group, shard_text):
+                found.append((modified_ns, name))
+        found.sort(key=lambda pair: pair[0], reverse=True)
+        return [name for _, name in found[:MAX_VARIANTS_EXAMINED]]
+
+    def names(self, folder: str) -> Iterator[ChunkName]:
+        for _, entry in self._entries(folder):
+            try:
+                yield ChunkName.parse(entry.name)
+            except ChunkForeign:
+                continue
+
+    def used_bytes(self) -> int | None:
+        if self._scanned_bytes is None:
+            return None
+        return self._scanned_bytes + self._written_bytes
+
+    def scan(self) -> int:
+        """Count the bytes of all namespaces and collect old temporary files. Slow; for a background thread.
+
+        Returns:
+            Bytes held by chunks below the root.
+        """
+        with self._lock:
+            self._written_bytes = 0
+        total = 0
+        for folder in _folder_names(self._root_fd):
+            for bucket_fd, entry in self._entries(folder):
+                try:
+                    info = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                if entry.name.startswith(_TEMPORARY):
+                    if not self._read_only and time.time() - info.st_mtime > TEMPORARY_MAX_AGE_S:
+                        _unlink_quietly(entry.name, bucket_fd)
+                elif entry.name.endswith(".kv"):
+                    total += info.st_size
+        self._scanned_bytes = total
+        return total
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._buckets.values():
+                os.close(fd)
+            self._buckets.clear()
+            if self._root_fd >= 0:
+                os.close(self._root_fd)
+                self._root_fd = -1
+
+    # --- folders -------------------------------------------------------------
+
+    def _entries(self, folder: str) -> Iterator[tuple[int, os.DirEntry[str]]]:
+        try:
+            folder_fd = os.open(folder, _DIR_FLAGS, dir_fd=self._root_fd)
+        except OSError:
+            return
+        try:
+            for bucket in _folder_names(folder_fd):
+                try:
+                    bucket_fd = os.open(bucket, _DIR_FLAGS, dir_fd=folder_fd)
+                except OSError:
+                    continue
+                try:
+                    with os.scandir(bucket_fd) as entries:
+                        for entry in entries:
+                            yield bucket_fd, entry
+                finally:
+                    os.close(bucket_fd)
+        finally:
+            os.close(folder_fd)
+
+    def _bucket(self, folder: str, bucket: str, *, create: bool) -> int:
+        """Descriptor of a bucket folder; -1 if it does not exist and is not to be made."""
+        with self._lock:
+            fd = self._buckets.get((folder, bucket))
+            if fd is not None:
+                self._buckets.move_to_end((folder, bucket))
+                return fd
+            try:
+                fd = self._open_bucket(folder, bucket)
+            except FileNotFoundError:
+                if not create:
+                    return -1
+                self._make_folder(self._root_fd, folder)
+                folder_fd = os.open(folder, _DIR_FLAGS, dir_fd=self._root_fd)
+                try:
+                    self._make_folder(folder_fd, bucket)
+                finally:
+                    os.close(folder_fd)
+                fd = self._open_bucket(folder, bucket)
+            except OSError as error:
+                if create:
+                    raise TierUnavailable(f"cannot open {folder}/{bucket}: {error.strerror}") from error
+                return -1
+            self._buckets[(folder, bucket)] = fd
+            self._evict_bucket_fds()
+            return fd
+
+    def _evict_bucket_fds(self) -> None:
+        # Half of the cache at once is dropped late: another thread may still be using a descriptor it just got, so
+        # the oldest go first and the bound is far above the number of I/O threads.
+        while len(self._buckets) > MAX_OPEN_BUCKETS:
+            _, fd = self._buckets.popitem(last=False)
+            os.close(fd)
+
+    def _open_bucket(self, folder: str, bucket: str) -> int:
+        folder_fd = os.open(folder, _DIR_FLAGS, dir_fd=self._root_fd)
+        try:
+            return os.open(bucket, _DIR_FLAGS, dir_fd=folder_fd)
+        finally:
+            os.close(folder_fd)
+
+    def _forget(self, folder: str, bucket: str) -> None:
+        with self._lock:
+            fd = self._buckets.pop((folder, bucket), None)
+            if fd is not None:
+                os.close(fd)
+
+    @staticmethod
+    def _make_folder(parent_fd: int, name: str) -> None:
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent_fd)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise _as_tier_error(error, f"cannot make folder {name}") from error
+
+    def _open_root(self) -> int:
+        try:
+            if not self._read_only:
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise TierUnavailable(
+                f"path={str(self.root)!r} cannot be used as tier directory: {error.strerror}. "
+                "Give a directory this user may create or write."
+            ) from error
+        if not self._read_only and not os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True):
+            os.close(fd)
+            raise TierUnavailable(f"path={str(self.root)!r} is not writable by this user; set read_only or fix its mode")
+        return fd
+
+    def _choose_mode(self, direct_io: str) -> ModeReport:
+        if not self._read_only:
+            try:
+                return probe_modes(self._root_fd, direct_io)
+            except TierFull:
+                pass
+        mode = BUFFERED if direct_io == "off" else DIRECT
+        why = "read-only tier" if self._read_only else "the device is full"
+        return ModeReport(mode, f"{mode} assumed without a probe: {why}", {}, {})
+
+
+def _folder_names(parent_fd: int) -> list[str]:
+    with os.scandir(parent_fd) as entries:
+        return [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+
+
+def _unlink_quietly(name: str, dir_fd: int) -> None:
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+    except OSError:
+        pass
+
+
+def _as_tier_error(error: OSError, what: str) -> TierFull | TierUnavailable:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TierFull(f"{what}: {error.strerror}")
+    return TierUnavailable(f"{what}: {error.strerror}")
