@@ -37,7 +37,7 @@ MAX_MANIFEST_BYTES = 64 * KIB
 # --- I/O service ------------------------------------------------------------
 MAX_IO_THREADS = 32
 MIN_STAGING_SLOTS = 2
-MAX_STAGING_SLOTS = 256
+MAX_STAGING_SLOTS = 1024
 MAX_IOVECS_PER_CALL = 1024
 """IOV_MAX on Linux."""
 MAX_MESSAGE_BYTES = 64 * MIB

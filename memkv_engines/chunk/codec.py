@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from memkv_engines.chunk.checksum import HASH_ID_XXH3_TREE, block_digest, header_digest
 from memkv_engines.chunk.layout import align_up
 from memkv_engines.errors import ChunkDamaged, ChunkForeign, ChunkTruncated, ChunkVersion
-from memkv_engines.keys import FORMAT_VERSION, ChunkKey, Shard
+from memkv_engines.keys import FORMAT_VERSION, ChunkKey, ChunkName, Shard
 from memkv_engines.limits import (
     ALIGN_BYTES,
     DIGEST_BYTES,
@@ -225,26 +225,27 @@ def _decode_table(view: memoryview, count: int) -> tuple[BlockEntry, ...]:
     return tuple(rows)
 
 
-def check_header(header: ChunkHeader, key: ChunkKey, geometry: Geometry, chain_hashes: Sequence[bytes]) -> None:
+def check_header(
+    header: ChunkHeader, namespace_digest: bytes, name: ChunkName, geometry: Geometry, chain_hashes: Sequence[bytes]
+) -> None:
     """Confirm that a decoded header is the one that was asked for.
 
     Args:
         header: what the object says.
-        key: what was asked for; ``last_hash`` may be longer than the reader's prefix, see ``chain_hashes``.
+        namespace_digest: the reader's namespace, all 32 bytes.
+        name: the name it was opened under; first and last hash, counts, group and shard must agree.
         geometry: what the reader's memory needs.
         chain_hashes: the reader's own hashes of the chunk's leading blocks, all 32 bytes; all must agree.
 
     Raises:
         ChunkForeign: any difference.
     """
-    if header.key.namespace_digest != key.namespace_digest:
+    if header.key.namespace_digest != namespace_digest:
         raise ChunkForeign("chunk of another namespace")
-    if (header.key.group, header.key.shard) != (key.group, key.shard):
-        raise ChunkForeign("chunk of another group or shard")
+    if header.key.name != name:
+        raise ChunkForeign(f"chunk {header.key.name.text} stored under the name {name.text}")
     if header.geometry != geometry:
         raise ChunkForeign(f"chunk of another geometry: {header.geometry} instead of {geometry}")
-    if header.key.holes != key.holes:
-        raise ChunkForeign("chunk with other holes than its name says")
     if len(chain_hashes) > len(header.blocks) or any(
         block.chain_hash != own for block, own in zip(header.blocks, chain_hashes, strict=False)
     ):

@@ -334,8 +334,8 @@ class DirectoryTier(Tier):
             return fd
 
     def _evict_bucket_fds(self) -> None:
-        # Half of the cache at once is dropped late: another thread may still be using a descriptor it just got, so
-        # the oldest go first and the bound is far above the number of I/O threads.
+        # Another thread may still be using a descriptor it just got: the oldest go first, and the bound is far above
+        # the number of I/O threads.
         while len(self._buckets) > MAX_OPEN_BUCKETS:
             _, fd = self._buckets.popitem(last=False)
             os.close(fd)

@@ -1,0 +1,1 @@
+"""Jobs, staging and pipelines between paged memory and a tier; engine-independent."""

@@ -1,0 +1,217 @@
+"""What engine side and I/O service say to each other: typed msgpack, checked on arrival, never unpickled."""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+from memkv_engines.errors import IoServiceError
+from memkv_engines.limits import HASH_BYTES
+
+
+class TileSpec(msgspec.Struct, frozen=True, array_like=True):
+    """One tile of a group's pages, see ``chunk.layout.Tile``."""
+
+    base: int
+    block_stride_bytes: int
+    length_bytes: int
+
+
+class GroupSpec(msgspec.Struct, frozen=True):
+    """Geometry of one KV group in this worker.
+
+    ``tiles`` is empty in a process that only probes.
+    """
+
+    group: int
+    shard: tuple[int, int, int, int, int, int]
+    block_tokens: int
+    block_bytes: int
+    blocks_per_chunk: int
+    num_blocks: int = 0
+    tiles: tuple[TileSpec, ...] = ()
+
+
+class Setup(msgspec.Struct, frozen=True, tag="setup"):
+    """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory."""
+
+    tier_path: str
+    direct_io: str
+    capacity_bytes: int
+    read_only: bool
+    io_threads: int
+    staging_bytes: int
+    groups: tuple[GroupSpec, ...] = ()
+    engine_pid: int = 0
+    canary_address: int = 0
+    canary: bytes = b""
+
+
+class StoreChunk(msgspec.Struct, frozen=True, array_like=True):
+    """One chunk to gather and write. ``hashes`` are the chain hashes of all its blocks, joined."""
+
+    namespace: bytes
+    group: int
+    first_position: int
+    holes: int
+    hashes: bytes
+    block_ids: tuple[int, ...]
+    replace: bool = False
+
+
+class LoadChunk(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks ``[take_first, take_first + len(block_ids))`` of one chunk to read, verify and scatter.
+
+    ``hashes`` are the reader's own chain hashes of the chunk's blocks 0 up to the last one taken, joined; ``last`` is
+    the 16-byte prefix of the chunk's last hash (a variant's last block may lie beyond the reader's prompt).
+    """
+
+    namespace: bytes
+    group: int
+    last: bytes
+    block_count: int
+    holes: int
+    take_first: int
+    hashes: bytes
+    block_ids: tuple[int, ...]
+
+
+class Store(msgspec.Struct, frozen=True, tag="store"):
+    """Gather, then write."""
+
+    job_id: int
+    chunks: tuple[StoreChunk, ...]
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Read, verify, scatter; chunks are in chain order within a group."""
+
+    job_id: int
+    chunks: tuple[LoadChunk, ...]
+
+
+class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    """Walk the chain of one group from block ``start`` on. ``hashes`` are the prompt's, joined, from block 0.
+
+    Every shard in ``shards`` must hold what is reported.
+    """
+
+    probe_id: int
+    namespace: bytes
+    group: int
+    blocks_per_chunk: int
+    start: int
+    hashes: bytes
+    shards: tuple[tuple[int, int, int, int, int, int], ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, tag="manifest"):
+    """Record what a namespace stands for."""
+
+    fields_json: bytes
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Finish the writes that were gathered, then exit."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The service runs (``error`` empty) or cannot."""
+
+    tier_name: str = ""
+    mode_reason: str = ""
+    error: str = ""
+    error_kind: str = ""
+
+
+class Gathered(msgspec.Struct, frozen=True, tag="gathered"):
+    """All pages of a store job have been read (or shed); the engine may overwrite them."""
+
+    job_id: int
+
+
+class StoreDone(msgspec.Struct, frozen=True, tag="store_done"):
+    """Per chunk: ``stored | present | shed | full | failed``; bytes are what was submitted to the device."""
+
+    job_id: int
+    outcomes: tuple[str, ...]
+    written_bytes: int
+    payload_bytes: int
+    cpu_us: int = 0
+
+
+class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
+    """Per chunk: how many of its blocks are good and in place, and why it stopped there (empty: all are)."""
+
+    job_id: int
+    good_blocks: tuple[int, ...]
+    kinds: tuple[str, ...]
+    read_bytes: int
+    elapsed_us: int
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """A stored chunk that covers blocks of the probed prompt: ``take`` of them from its block 0 on match."""
+
+    position: int
+    last: bytes
+    block_count: int
+    holes: int
+    take: int
+
+
+class ProbeDone(msgspec.Struct, frozen=True, tag="probe_done"):
+    """What the tier holds of the probed chain, in order."""
+
+    probe_id: int
+    segments: tuple[Segment, ...]
+    elapsed_us: int
+
+
+Request = Union[Setup, Store, Load, Probe, Manifest, Stop]  # noqa: UP007 - msgspec needs the runtime union on 3.10
+Reply = Union[Ready, Gathered, StoreDone, LoadDone, ProbeDone]  # noqa: UP007
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_reply_decoder = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """Serialise one message."""
+    return _encoder.encode(message)
+
+
+def decode_request(data: bytes | memoryview) -> Request:
+    """Decode on the service's side.
+
+    Raises:
+        IoServiceError: not a request.
+    """
+    try:
+        return _request_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise IoServiceError(f"malformed request: {error}") from error
+
+
+def decode_reply(data: bytes | memoryview) -> Reply:
+    """Decode on the engine's side.
+
+    Raises:
+        IoServiceError: not a reply.
+    """
+    try:
+        return _reply_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise IoServiceError(f"malformed reply: {error}") from error
+
+
+def split_hashes(joined: bytes) -> list[bytes]:
+    """Split joined 32-byte hashes.
+
+    Raises:
+        IoServiceError: not a multiple of the hash width.
+    """
+    if len(joined) % HASH_BYTES:
+        raise IoServiceError(f"{len(joined)} B are no whole number of {HASH_BYTES}-byte hashes")
+    return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]

@@ -1,0 +1,157 @@
+"""Copies between staging memory and the engine's pages, from whichever process the I/O loop runs in.
+
+* ``ProcessVmPages``: the engine's pages are in another process; ``process_vm_readv``/``writev`` copy a whole chunk,
+  all layers, in one system call and without the engine's interpreter taking part (no GIL crossing).
+* ``MappedPages``: the pages are mapped here (the loop is a thread of the engine, or the pool is a shared memfd);
+  copies are ``memmove``, and where alignment allows, I/O goes straight into and out of the pages.
+
+Back of the envelope (4 MiB chunk, 90 pieces of 48 KiB): one call, about 1.2 ms at 3.5 GB/s against 0.85 ms for a
+plain copy; the device needs 1.5-2 ms for the same bytes, so the copy hides behind the I/O of the next chunk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memkv_engines.errors import IoServiceError
+from memkv_engines.limits import LEAF_BYTES, MAX_IOVECS_PER_CALL
+
+Iovecs = npt.NDArray[np.uint64]
+
+
+class Pages(ABC):
+    """Moves whole blocks. ``iovecs`` lists the pieces of the blocks, ``tiles`` pieces per block, block-major."""
+
+    @abstractmethod
+    def gather(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        """Copy blocks into staging: block i to ``staging_address + i * stride_bytes``.
+
+        Raises:
+            IoServiceError: the engine's memory cannot be read.
+        """
+
+    @abstractmethod
+    def scatter(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        """Copy blocks from staging into the pages; errors as in ``gather``."""
+
+    def direct_views(self, iovecs: Iovecs, align_bytes: int) -> list[memoryview] | None:
+        """Views of the pieces themselves if I/O may go straight to them, else None."""
+        return None
+
+
+class ProcessVmPages(Pages):
+    """Pages of another process of the same user.
+
+    Args:
+        pid: the engine's process.
+    """
+
+    def __init__(self, pid: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._pid = pid
+        self._calls: dict[str, Any] = {}
+        for name in ("process_vm_readv", "process_vm_writev"):
+            call = getattr(libc, name)
+            call.argtypes = [
+                ctypes.c_int,
+                ctypes.c_void_p,
+                ctypes.c_ulong,
+                ctypes.c_void_p,
+                ctypes.c_ulong,
+                ctypes.c_ulong,
+            ]
+            call.restype = ctypes.c_ssize_t
+            self._calls[name] = call
+
+    def gather(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        self._move("process_vm_readv", iovecs, tiles, staging_address, block_bytes, stride_bytes)
+
+    def scatter(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        self._move("process_vm_writev", iovecs, tiles, staging_address, block_bytes, stride_bytes)
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read a few bytes of the engine's memory (the start-up canary)."""
+        buffer = ctypes.create_string_buffer(length)
+        remote = np.array([[address, length]], dtype=np.uint64)
+        local = np.array([[ctypes.addressof(buffer), length]], dtype=np.uint64)
+        self._call("process_vm_readv", local, remote, length)
+        return buffer.raw
+
+    def _move(
+        self, name: str, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int
+    ) -> None:
+        blocks = len(iovecs) // tiles
+        if tiles > MAX_IOVECS_PER_CALL:
+            for block in range(blocks):
+                address = staging_address + block * stride_bytes
+                self._move_block(name, iovecs[block * tiles : (block + 1) * tiles], address)
+            return
+        per_call = MAX_IOVECS_PER_CALL // tiles
+        for start in range(0, blocks, per_call):
+            count = min(per_call, blocks - start)
+            local = np.empty((count, 2), dtype=np.uint64)
+            local[:, 0] = staging_address + (start + np.arange(count)) * stride_bytes
+            local[:, 1] = block_bytes
+            remote = iovecs[start * tiles : (start + count) * tiles]
+            self._call(name, local, remote, count * block_bytes)
+
+    def _move_block(self, name: str, remote: Iovecs, staging_address: int) -> None:
+        done = 0
+        for start in range(0, len(remote), MAX_IOVECS_PER_CALL):
+            part = remote[start : start + MAX_IOVECS_PER_CALL]
+            length = int(part[:, 1].sum())
+            local = np.array([[staging_address + done, length]], dtype=np.uint64)
+            self._call(name, local, part, length)
+            done += length
+
+    def _call(self, name: str, local: Iovecs, remote: Iovecs, expect_bytes: int) -> None:
+        local, remote = np.ascontiguousarray(local), np.ascontiguousarray(remote)
+        done = self._calls[name](self._pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0)
+        if done != expect_bytes:
+            reason = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {expect_bytes} B"
+            raise IoServiceError(f"{name} on process {self._pid}: {reason}")
+
+
+class MappedPages(Pages):
+    """Pages that are mapped in this process.
+
+    Args:
+        delta: what to add to the engine's addresses to get ours (0 inside the engine's own process).
+    """
+
+    def __init__(self, delta: int = 0) -> None:
+        self._delta = delta
+
+    def gather(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        self._move(iovecs, tiles, staging_address, stride_bytes, to_staging=True)
+
+    def scatter(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        self._move(iovecs, tiles, staging_address, stride_bytes, to_staging=False)
+
+    def direct_views(self, iovecs: Iovecs, align_bytes: int) -> list[memoryview] | None:
+        # Leaves of the checksum must not straddle pieces, and direct I/O wants aligned pieces.
+        if len(iovecs) == 0 or bool(((iovecs[:, 0] + np.uint64(self._delta)) % np.uint64(align_bytes)).any()):
+            return None
+        if bool((iovecs[:, 1] % np.uint64(max(align_bytes, LEAF_BYTES))).any()):
+            return None
+        return [
+            memoryview((ctypes.c_char * length).from_address(address + self._delta)).cast("B")
+            for address, length in iovecs.tolist()
+        ]
+
+    def _move(self, iovecs: Iovecs, tiles: int, staging_address: int, stride_bytes: int, *, to_staging: bool) -> None:
+        for block in range(len(iovecs) // tiles):
+            cursor = staging_address + block * stride_bytes
+            for address, length in iovecs[block * tiles : (block + 1) * tiles].tolist():
+                page = address + self._delta
+                if to_staging:
+                    ctypes.memmove(cursor, page, length)
+                else:
+                    ctypes.memmove(page, cursor, length)
+                cursor += length

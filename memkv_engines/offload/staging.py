@@ -1,0 +1,75 @@
+"""Staging memory: allocated once, on transparent huge pages, cut into equal slots."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from dataclasses import dataclass
+
+from memkv_engines.chunk.layout import align_up
+from memkv_engines.limits import MIB
+
+_HUGE_PAGE_BYTES = 2 * MIB
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot: its memory as a view and as an address."""
+
+    index: int
+    view: memoryview
+    address: int
+
+
+class StagingPool:
+    """A fixed number of equal slots.
+
+    Huge pages are worth up to half of the device's speed: 4 MiB then reach the driver as 2 segments instead of 1,024.
+
+    Args:
+        slot_bytes: bytes a slot must hold; rounded up to 4 KiB.
+        slots: how many.
+    """
+
+    def __init__(self, slot_bytes: int, slots: int) -> None:
+        self.slot_bytes = align_up(slot_bytes)
+        self.slots = slots
+        self._map = mmap.mmap(-1, self.slot_bytes * slots + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE)
+        try:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # A kernel without transparent huge pages: slower, not wrong.
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        start = -base % _HUGE_PAGE_BYTES
+        view = memoryview(self._map)
+        self._free = [
+            Slot(i, view[o : o + self.slot_bytes], base + o)
+            for i, o in ((i, start + i * self.slot_bytes) for i in range(slots))
+        ]
+        self._free.reverse()
+        self._condition = threading.Condition()
+
+    def try_acquire(self) -> Slot | None:
+        """A free slot, or None at once. Its content is what the last user left."""
+        with self._condition:
+            return self._free.pop() if self._free else None
+
+    def acquire(self) -> Slot:
+        """A free slot; blocks until there is one."""
+        with self._condition:
+            while not self._free:
+                self._condition.wait()
+            return self._free.pop()
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back."""
+        with self._condition:
+            self._free.append(slot)
+            self._condition.notify()
+
+    def touch(self) -> None:
+        """Fault all pages in now, so that no load pays for it."""
+        view = memoryview(self._map)
+        for offset in range(0, len(view), mmap.PAGESIZE):
+            view[offset] = 0
