@@ -147,7 +147,8 @@ def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, st
     extra = dict(extra or {})
     environ = os.environ if environ is None else environ
     from_env = {k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
-    file_name = extra.pop(CONFIG_FILE_KEY, None) or from_env.pop(CONFIG_FILE_KEY, None)
+    file_names = (extra.pop(CONFIG_FILE_KEY, None), from_env.pop(CONFIG_FILE_KEY, None))
+    file_name = file_names[0] or file_names[1]
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if file_name:
         layers.append((f"file {file_name}", _read_yaml(str(file_name))))
@@ -172,7 +173,9 @@ def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, st
 
 def _resolve(key: str, source: str) -> tuple[str, str]:
     if key not in _KEYS:
-        near = difflib.get_close_matches(key, [*_KEYS, CONFIG_FILE_KEY], n=1, cutoff=0.0)
+        if key == CONFIG_FILE_KEY:
+            raise ConfigError(f"key {key!r} in {source}: one file cannot name another; put the keys here")
+        near = difflib.get_close_matches(str(key), [*_KEYS, CONFIG_FILE_KEY], n=1, cutoff=0.0)
         raise ConfigError(f"unknown key {key!r} in {source}: did you mean {near[0]!r}? Known keys: {sorted(_KEYS)}")
     return _KEYS[key]
 
@@ -199,9 +202,9 @@ def _convert(spec: dataclasses.Field[Any], raw: Any, source: str) -> Any:
             raise reject("give a number")
         try:
             value = int(str(raw), 0) if kind == "int" and not isinstance(raw, float) else float(raw)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise reject("give a number") from error
-        if kind == "int" and value != int(value):
+        if kind == "int" and isinstance(value, float) and not value.is_integer():
             raise reject("give a whole number")
         value = int(value) if kind == "int" else value
         if not spec.metadata["low"] <= value <= spec.metadata["high"]:

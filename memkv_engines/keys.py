@@ -36,6 +36,8 @@ class Namespace:
         if not self.fields:
             raise IdentityError("a namespace needs at least one identity field")
         body = {"format_version": FORMAT_VERSION, **self.fields}
+        if body["format_version"] != FORMAT_VERSION or not all(isinstance(key, str) for key in self.fields):
+            raise IdentityError(f"namespace fields need text keys and format version {FORMAT_VERSION}: {body}")
         try:
             text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
         except (TypeError, ValueError) as error:
@@ -148,8 +150,9 @@ class ChunkKey:
         )
 
 
+_RANGE = r"(\d{1,5})\.(\d{1,5})\.(\d{1,5})"
 _NAME = re.compile(
-    r"([0-9a-f]{32})-([0-9a-f]{32})-b(\d{1,4})-o(\d{1,4})-g(\d{1,5})-(h\d{1,5}\.\d{1,5}\.\d{1,5}-l\d{1,5}\.\d{1,5}\.\d{1,5})\.kv"
+    rf"([0-9a-f]{{32}})-([0-9a-f]{{32}})-b(\d{{1,4}})-o(\d{{1,4}})-g(\d{{1,5}})-h{_RANGE}-l{_RANGE}\.kv", re.ASCII
 )
 
 
@@ -190,11 +193,14 @@ class ChunkName:
         match = _NAME.fullmatch(text)
         if match is None:
             raise ChunkForeign(f"not a chunk name: {text[:200]!r}")
-        name = cls(
-            bytes.fromhex(match[1]), bytes.fromhex(match[2]), int(match[3]), int(match[4]), int(match[5]), match[6]
-        )
-        if not 1 <= name.block_count <= MAX_BLOCKS_PER_CHUNK or name.holes >= name.block_count:
-            raise ChunkForeign(f"impossible block counts in chunk name: {text!r}")
+        count, holes, group, *ranges = map(int, match.groups()[2:])
+        try:
+            shard = Shard(*ranges)
+        except IdentityError as error:
+            raise ChunkForeign(f"impossible shard in chunk name: {text!r}") from error
+        if not 1 <= count <= MAX_BLOCKS_PER_CHUNK or holes >= count or group > 0xFFFF:
+            raise ChunkForeign(f"impossible block counts or group in chunk name: {text!r}")
+        name = cls(bytes.fromhex(match[1]), bytes.fromhex(match[2]), count, holes, group, shard.text)
         if name.text != text:
             raise ChunkForeign(f"not the canonical form of a chunk name: {text!r}")
         return name

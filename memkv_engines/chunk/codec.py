@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from memkv_engines.chunk.checksum import HASH_ID_XXH3_TREE, block_digest, header_digest
 from memkv_engines.chunk.layout import align_up
-from memkv_engines.errors import ChunkDamaged, ChunkForeign, ChunkTruncated, ChunkVersion
+from memkv_engines.errors import ChunkDamaged, ChunkForeign, ChunkTruncated, ChunkVersion, IdentityError
 from memkv_engines.keys import FORMAT_VERSION, ChunkKey, ChunkName, Shard
 from memkv_engines.limits import (
     ALIGN_BYTES,
@@ -26,7 +26,7 @@ FLAG_PRESENT = 1
 _FIXED = struct.Struct("<8sHHIHHHH32sI6H32s32sQIIQQQQ")
 _FIXED_BYTES = 512
 _DIGEST_OFFSET = _FIXED_BYTES - DIGEST_BYTES
-_ENTRY = struct.Struct("<32s16sI12x16s12s4x")
+_ENTRY = struct.Struct("<32s16sI12s16s12s4s")
 
 assert _FIXED.size <= _DIGEST_OFFSET
 assert _ENTRY.size == 96
@@ -128,7 +128,7 @@ class ChunkHeader:
             self.first_position,
         ).ljust(_DIGEST_OFFSET, b"\0")
         table = b"".join(
-            _ENTRY.pack(b.chain_hash, b.digest, FLAG_PRESENT if b.present else 0, b"", b"") for b in self.blocks
+            _ENTRY.pack(b.chain_hash, b.digest, FLAG_PRESENT if b.present else 0, b"", b"", b"", b"") for b in self.blocks
         ).ljust(g.header_bytes - _FIXED_BYTES, b"\0")
         return fixed + header_digest([fixed, table]) + table
 
@@ -150,8 +150,15 @@ def build_header(
         chain_hashes: chain hashes of all blocks, ``key.block_count`` of them.
         first_position: index of the first block in its prefix.
         payload: the staged payload: ``block_count`` slots of ``block_stride_bytes``.
+
+    Raises:
+        IdentityError: the chain hashes are not the key's, or the payload has another size.
     """
+    if len(chain_hashes) != key.block_count or (chain_hashes[0], chain_hashes[-1]) != (key.first_hash, key.last_hash):
+        raise IdentityError(f"{len(chain_hashes)} chain hashes are not those of the key of {key.block_count} blocks")
     geometry = Geometry(key.block_count, block_bytes, block_tokens)
+    if payload.nbytes != geometry.payload_bytes:
+        raise IdentityError(f"payload of {payload.nbytes} B instead of {geometry.payload_bytes} B")
     stride = geometry.block_stride_bytes
     blocks = tuple(
         BlockEntry(chain, block_digest(payload[i * stride : i * stride + block_bytes], chain, i), True)
@@ -198,6 +205,8 @@ def decode_header(data: bytes | memoryview) -> ChunkHeader:
         HASH_BYTES, HASH_ID_XXH3_TREE, 0, 0, PAYLOAD_ORDER_BLOCK_MAJOR, 0,
     ):  # fmt: skip
         raise ChunkVersion(f"unknown hash={hash_id} mac={mac_id} cipher={cipher_id} order={order} flags={flags:#x}")
+    if bytes(view[_FIXED.size : _DIGEST_OFFSET]).strip(b"\0"):
+        raise ChunkVersion("reserved bytes of the header are in use")
     geometry = Geometry(count, block_bytes, tokens)
     if (geometry.header_bytes, geometry.block_stride_bytes, geometry.payload_bytes) != (
         header_bytes, stride, payload_bytes,
@@ -210,7 +219,7 @@ def decode_header(data: bytes | memoryview) -> ChunkHeader:
     try:
         shard = Shard(h_first, h_count, h_total, l_first, l_count, l_total)
         key = ChunkKey(ns, first_hash, last_hash, count, group, shard, holes)
-    except Exception as error:
+    except IdentityError as error:
         raise ChunkForeign(f"impossible key in header: {error}") from error
     return ChunkHeader(key, geometry, first_position, blocks)
 
@@ -218,10 +227,15 @@ def decode_header(data: bytes | memoryview) -> ChunkHeader:
 def _decode_table(view: memoryview, count: int) -> tuple[BlockEntry, ...]:
     rows = []
     for index in range(count):
-        chain, digest, flags, tag, nonce = _ENTRY.unpack_from(view, _FIXED_BYTES + index * _ENTRY.size)
-        if flags & ~FLAG_PRESENT or tag.strip(b"\0") or nonce.strip(b"\0"):
+        chain, digest, flags, *later = _ENTRY.unpack_from(view, _FIXED_BYTES + index * _ENTRY.size)
+        if flags & ~FLAG_PRESENT or any(field.strip(b"\0") for field in later):
             raise ChunkVersion(f"unknown flags or authentication on block {index}")
+        if not flags and digest.strip(b"\0"):
+            raise ChunkForeign(f"absent block {index} has a digest")
         rows.append(BlockEntry(chain, digest, bool(flags & FLAG_PRESENT)))
+    end = _FIXED_BYTES + count * _ENTRY.size
+    if bytes(view[end : align_up(end)]).strip(b"\0"):
+        raise ChunkVersion("reserved bytes after the block table are in use")
     return tuple(rows)
 
 

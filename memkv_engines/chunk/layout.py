@@ -121,16 +121,29 @@ def _follows(first: Tile, second: Tile) -> bool:
 
 
 def _reject_overlap(layout: KVLayout) -> None:
-    # Tiles of different strides may interleave over blocks; comparing the extents of block 0 and of the last block
-    # catches every overlap of affine tiles with equal strides, and the common mistakes with unequal ones.
-    for block in {0, layout.num_blocks - 1}:
-        extents = sorted(
-            (t.base + block * t.block_stride_bytes, t.base + block * t.block_stride_bytes + t.length_bytes)
-            for t in layout.tiles
-        )
-        for (_, end), (start, _) in zip(extents, extents[1:], strict=False):
-            if start < end:
-                raise LayoutError(f"tiles of block {block} overlap at address {start:#x}")
+    tiles = sorted(layout.tiles, key=lambda tile: tile.base)
+    for position, first in enumerate(tiles):
+        end = first.base + (layout.num_blocks - 1) * first.block_stride_bytes + first.length_bytes
+        for second in tiles[position + 1 :]:
+            if second.base >= end:
+                break
+            if _overlap(first, second, layout.num_blocks):
+                raise LayoutError(f"tiles overlap: {first} and {second} in a pool of {layout.num_blocks} blocks")
+
+
+def _overlap(first: Tile, second: Tile, num_blocks: int) -> bool:
+    """Whether any block's piece of ``first`` shares a byte with any block's piece of ``second``."""
+    # With equal strides only the difference of the block ids counts, so the first and the last block of one side stand
+    # for all; else every block of `first` is compared with the two blocks of `second` that begin nearest to it.
+    stride = second.block_stride_bytes
+    last = num_blocks - 1
+    ids = np.array([0, last]) if first.block_stride_bytes == stride else np.arange(num_blocks, dtype=np.int64)
+    starts = first.base - second.base + ids * first.block_stride_bytes
+    for nearest in (starts // stride, starts // stride + 1):
+        distance = np.clip(nearest, 0, last) * stride - starts
+        if bool(((distance < first.length_bytes) & (-distance < second.length_bytes)).any()):
+            return True
+    return False
 
 
 def choose_blocks_per_chunk(block_bytes: int, target_bytes: int) -> int:

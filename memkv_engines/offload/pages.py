@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -155,3 +158,44 @@ class MappedPages(Pages):
                 else:
                     ctypes.memmove(page, cursor, length)
                 cursor += length
+
+
+class GatedPages(Pages):
+    """Copies that can be stopped for good, for a loop that runs on threads of the engine and cannot be killed.
+
+    A thread that hangs in I/O may come back long after its job was given up: by then its pages belong to another
+    request, so its copy must fail. Direct views are refused for the same reason.
+    """
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+        self._condition = threading.Condition()
+        self._copies = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Refuse new copies and return once none is under way (copies are memory to memory: milliseconds)."""
+        with self._condition:
+            self._closed = True
+            self._condition.wait_for(lambda: not self._copies)
+
+    def gather(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        with self._copying():
+            self._pages.gather(iovecs, tiles, staging_address, block_bytes, stride_bytes)
+
+    def scatter(self, iovecs: Iovecs, tiles: int, staging_address: int, block_bytes: int, stride_bytes: int) -> None:
+        with self._copying():
+            self._pages.scatter(iovecs, tiles, staging_address, block_bytes, stride_bytes)
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        with self._condition:
+            if self._closed:
+                raise IoServiceError("the job was given up")
+            self._copies += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._copies -= 1
+                self._condition.notify_all()

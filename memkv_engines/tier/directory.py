@@ -14,8 +14,9 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from memkv_engines.errors import (
     ChunkForeign,
@@ -40,6 +41,19 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK so that a FIFO planted under a chunk's name cannot hang the open; regular files ignore it.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FULL_BACKOFF_S = 5.0
+_GONE = (errno.ENOENT, errno.ESTALE)
+_Result = TypeVar("_Result")
+
+
+class _Folder:
+    """An open folder. It closes with its last user, so the cache can drop it while another thread is at work in it."""
+
+    def __init__(self, name: str, dir_fd: int) -> None:
+        self.fd = os.open(name, _DIR_FLAGS, dir_fd=dir_fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
 
 
 class _FileReader(ChunkReader):
@@ -87,7 +101,7 @@ class DirectoryTier(Tier):
         self.name = f"directory({self._transport.name})"
         self.align_bytes = self._transport.align_bytes
         self._lock = threading.Lock()
-        self._buckets: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._buckets: OrderedDict[tuple[str, str], _Folder] = OrderedDict()
         self._written_bytes = 0
         self._scanned_bytes: int | None = None
         self._full_until = 0.0
@@ -100,38 +114,46 @@ class DirectoryTier(Tier):
         if not replace and self.exists(folder, [name])[0]:
             return PutResult(0, True)
         size = sum(v.nbytes for v in views)
+        replaced = self._stored_bytes(folder, name) if replace else 0
         self._reserve(size)
         try:
             written = self._publish(folder, name, views)
-        except TierFull:
-            self._full_until = time.monotonic() + _FULL_BACKOFF_S
+        except BaseException as error:
+            self._account(-size)
+            if isinstance(error, TierFull):
+                self._full_until = time.monotonic() + _FULL_BACKOFF_S
             raise
-        with self._lock:
-            self._written_bytes += size
+        self._account(-replaced)
         return PutResult(written, False)
 
     def _reserve(self, size_bytes: int) -> None:
         if time.monotonic() < self._full_until:
             raise TierFull("the device was full a moment ago")
-        used = (self._scanned_bytes or 0) + self._written_bytes
-        if self._capacity_bytes and used + size_bytes > self._capacity_bytes:
-            raise TierFull(f"capacity_bytes={self._capacity_bytes} reached: {used} B used")
+        with self._lock:
+            used = (self._scanned_bytes or 0) + self._written_bytes
+            if self._capacity_bytes and used + size_bytes > self._capacity_bytes:
+                raise TierFull(f"capacity_bytes={self._capacity_bytes} reached: {used} B used")
+            self._written_bytes += size_bytes
+
+    def _account(self, size_bytes: int) -> None:
+        with self._lock:
+            self._written_bytes += size_bytes
+
+    def _stored_bytes(self, folder: str, name: ChunkName) -> int:
+        try:
+            info = self._stat(folder, name)
+        except OSError:
+            return 0
+        return info.st_size if stat.S_ISREG(info.st_mode) else 0
 
     def _publish(self, folder: str, name: ChunkName, views: Sequence[memoryview]) -> int:
         temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | self._transport.open_flags
-        for attempt in (0, 1):
-            bucket_fd = self._bucket(folder, name.bucket, create=True)
-            try:
-                fd = os.open(temporary, flags, 0o600, dir_fd=bucket_fd)
-                break
-            except FileNotFoundError as error:
-                # The folder was removed behind our back while we held it open: make it again, once.
-                self._forget(folder, name.bucket)
-                if attempt:
-                    raise TierUnavailable(f"cannot create files in {folder}/{name.bucket}") from error
-            except OSError as error:
-                raise _as_tier_error(error, "cannot create a chunk") from error
+        try:
+            bucket, fd = self._create(folder, name.bucket, temporary, flags)
+        except OSError as error:
+            raise _as_tier_error(error, f"cannot create a chunk in {folder}/{name.bucket}") from error
+        bucket_fd = bucket.fd
         try:
             try:
                 written = self._transport.write(fd, views, 0)
@@ -146,16 +168,29 @@ class DirectoryTier(Tier):
             raise
         return written
 
-    def remove(self, folder: str, name: ChunkName) -> bool:
-        bucket_fd = self._bucket(folder, name.bucket, create=False)
-        if bucket_fd < 0:
-            return False
+    def _create(self, folder: str, bucket: str, name: str, flags: int) -> tuple[_Folder, int]:
+        """Create a file in a bucket folder; makes the folder, once more if it vanishes meanwhile."""
         try:
-            os.unlink(name.text, dir_fd=bucket_fd)
-        except FileNotFoundError:
-            return False
+            opened = self._make_bucket(folder, bucket)
+            return opened, os.open(name, flags, 0o600, dir_fd=opened.fd)
         except OSError as error:
+            if error.errno not in _GONE:
+                raise
+        self._forget(folder, bucket)
+        opened = self._make_bucket(folder, bucket)
+        return opened, os.open(name, flags, 0o600, dir_fd=opened.fd)
+
+    def remove(self, folder: str, name: ChunkName) -> bool:
+        if self._read_only:
+            raise TierUnavailable("the tier is read-only")
+        size = self._stored_bytes(folder, name)
+        try:
+            self._within(folder, name.bucket, lambda fd: os.unlink(name.text, dir_fd=fd))
+        except OSError as error:
+            if error.errno in _GONE:
+                return False
             raise TierUnavailable(f"cannot remove a chunk: {error.strerror}") from error
+        self._account(-size)
         return True
 
     def write_manifest(self, namespace: Namespace) -> None:
@@ -181,15 +216,13 @@ class DirectoryTier(Tier):
     # --- reading -------------------------------------------------------------
 
     def open(self, folder: str, name: ChunkName) -> ChunkReader:
-        bucket_fd = self._bucket(folder, name.bucket, create=False)
-        if bucket_fd < 0:
-            raise ChunkMissing(f"no object {name.text}")
+        flags = _READ_FLAGS | self._transport.open_flags
         try:
-            fd = os.open(name.text, _READ_FLAGS | self._transport.open_flags, dir_fd=bucket_fd)
+            fd = self._within(folder, name.bucket, lambda fd: os.open(name.text, flags, dir_fd=fd))
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE):
+            if error.errno in _GONE:
                 raise ChunkMissing(f"no object {name.text}") from error
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL):
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EINVAL):
                 raise ChunkForeign(f"not a regular file: {name.text}") from error
             raise TransportError(f"cannot open a chunk: {error.strerror}") from error
         try:
@@ -209,43 +242,33 @@ class DirectoryTier(Tier):
         return [self._exists(folder, name) for name in names]
 
     def _exists(self, folder: str, name: ChunkName) -> bool:
-        bucket_fd = self._bucket(folder, name.bucket, create=False)
-        if bucket_fd < 0:
-            return False
         try:
-            return stat.S_ISREG(os.stat(name.text, dir_fd=bucket_fd, follow_symlinks=False).st_mode)
+            return stat.S_ISREG(self._stat(folder, name).st_mode)
         except OSError:
             return False
 
+    def _stat(self, folder: str, name: ChunkName) -> os.stat_result:
+        return self._within(
+            folder, name.bucket, lambda fd: os.stat(name.text, dir_fd=fd, follow_symlinks=False)
+        )
+
     def variants(self, folder: str, first: bytes, group: int, shard_text: str) -> list[ChunkName]:
-        bucket_fd = self._bucket(folder, bucket_of(first), create=False)
-        if bucket_fd < 0:
-            return []
-        prefix = first.hex()
-        found: list[tuple[int, ChunkName]] = []
         try:
-            entries = os.listdir(bucket_fd)
+            found = self._within(folder, bucket_of(first), lambda fd: _dated_names(fd, first.hex()))
         except OSError:
             return []
-        for text in entries[:MAX_BUCKET_ENTRIES_LISTED]:
-            if not text.startswith(prefix):
-                continue
-            try:
-                name = ChunkName.parse(text)
-                modified_ns = os.stat(text, dir_fd=bucket_fd, follow_symlinks=False).st_mtime_ns
-            except (ChunkForeign, OSError):
-                continue
-            if (name.group, name.shard_text) == (group, shard_text):
-                found.append((modified_ns, name))
+        found = [(when, name) for when, name in found if (name.group, name.shard_text) == (group, shard_text)]
         found.sort(key=lambda pair: pair[0], reverse=True)
         return [name for _, name in found[:MAX_VARIANTS_EXAMINED]]
 
     def names(self, folder: str) -> Iterator[ChunkName]:
-        for _, entry in self._entries(folder):
+        for place, _, entry in _walk(self._root_fd, folder, depth=1):
             try:
-                yield ChunkName.parse(entry.name)
+                name = ChunkName.parse(entry.name)
             except ChunkForeign:
                 continue
+            if name.bucket == place and entry.is_file(follow_symlinks=False):
+                yield name
 
     def used_bytes(self) -> int | None:
         if self._scanned_bytes is None:
@@ -259,26 +282,26 @@ class DirectoryTier(Tier):
             Bytes held by chunks below the root.
         """
         with self._lock:
-            self._written_bytes = 0
+            written_before = self._written_bytes
         total = 0
-        for folder in _folder_names(self._root_fd):
-            for bucket_fd, entry in self._entries(folder):
-                try:
-                    info = entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue
-                if entry.name.startswith(_TEMPORARY):
-                    if not self._read_only and time.time() - info.st_mtime > TEMPORARY_MAX_AGE_S:
-                        _unlink_quietly(entry.name, bucket_fd)
-                elif entry.name.endswith(".kv"):
-                    total += info.st_size
-        self._scanned_bytes = total
+        for _, dir_fd, entry in _walk(self._root_fd, ".", depth=2):
+            try:
+                info = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            if entry.name.startswith(_TEMPORARY):
+                if not self._read_only and time.time() - info.st_mtime > TEMPORARY_MAX_AGE_S:
+                    _unlink_quietly(entry.name, dir_fd)
+            elif entry.name.endswith(".kv") and stat.S_ISREG(info.st_mode):
+                total += info.st_size
+        with self._lock:
+            # What was written meanwhile may be counted twice until the next scan, but never not at all.
+            self._scanned_bytes = total
+            self._written_bytes -= written_before
         return total
 
     def close(self) -> None:
         with self._lock:
-            for fd in self._buckets.values():
-                os.close(fd)
             self._buckets.clear()
             if self._root_fd >= 0:
                 os.close(self._root_fd)
@@ -286,72 +309,50 @@ class DirectoryTier(Tier):
 
     # --- folders -------------------------------------------------------------
 
-    def _entries(self, folder: str) -> Iterator[tuple[int, os.DirEntry[str]]]:
+    def _within(self, folder: str, bucket: str, action: Callable[[int], _Result]) -> _Result:
+        """Run an action on an existing bucket folder, once more if the folder was replaced while we held it open.
+
+        Raises:
+            OSError: as the action does; ENOENT if there is no such folder.
+        """
+        opened = self._bucket(folder, bucket)
         try:
-            folder_fd = os.open(folder, _DIR_FLAGS, dir_fd=self._root_fd)
+            return action(opened.fd)
+        except OSError as error:
+            if error.errno not in _GONE or self._is_current(folder, bucket, opened):
+                raise
+        self._forget(folder, bucket)
+        return action(self._bucket(folder, bucket).fd)
+
+    def _is_current(self, folder: str, bucket: str, opened: _Folder) -> bool:
+        try:
+            return os.path.samestat(os.stat(f"{folder}/{bucket}", dir_fd=self._root_fd), os.fstat(opened.fd))
         except OSError:
-            return
-        try:
-            for bucket in _folder_names(folder_fd):
-                try:
-                    bucket_fd = os.open(bucket, _DIR_FLAGS, dir_fd=folder_fd)
-                except OSError:
-                    continue
-                try:
-                    with os.scandir(bucket_fd) as entries:
-                        for entry in entries:
-                            yield bucket_fd, entry
-                finally:
-                    os.close(bucket_fd)
-        finally:
-            os.close(folder_fd)
+            return False
 
-    def _bucket(self, folder: str, bucket: str, *, create: bool) -> int:
-        """Descriptor of a bucket folder; -1 if it does not exist and is not to be made."""
+    def _bucket(self, folder: str, bucket: str) -> _Folder:
         with self._lock:
-            fd = self._buckets.get((folder, bucket))
-            if fd is not None:
+            opened = self._buckets.get((folder, bucket))
+            if opened is None:
+                opened = _Folder(bucket, _Folder(folder, self._root_fd).fd)
+                self._buckets[(folder, bucket)] = opened
+                if len(self._buckets) > MAX_OPEN_BUCKETS:
+                    self._buckets.popitem(last=False)
+            else:
                 self._buckets.move_to_end((folder, bucket))
-                return fd
-            try:
-                fd = self._open_bucket(folder, bucket)
-            except FileNotFoundError:
-                if not create:
-                    return -1
-                self._make_folder(self._root_fd, folder)
-                folder_fd = os.open(folder, _DIR_FLAGS, dir_fd=self._root_fd)
-                try:
-                    self._make_folder(folder_fd, bucket)
-                finally:
-                    os.close(folder_fd)
-                fd = self._open_bucket(folder, bucket)
-            except OSError as error:
-                if create:
-                    raise TierUnavailable(f"cannot open {folder}/{bucket}: {error.strerror}") from error
-                return -1
-            self._buckets[(folder, bucket)] = fd
-            self._evict_bucket_fds()
-            return fd
+            return opened
 
-    def _evict_bucket_fds(self) -> None:
-        # Another thread may still be using a descriptor it just got: the oldest go first, and the bound is far above
-        # the number of I/O threads.
-        while len(self._buckets) > MAX_OPEN_BUCKETS:
-            _, fd = self._buckets.popitem(last=False)
-            os.close(fd)
-
-    def _open_bucket(self, folder: str, bucket: str) -> int:
-        folder_fd = os.open(folder, _DIR_FLAGS, dir_fd=self._root_fd)
+    def _make_bucket(self, folder: str, bucket: str) -> _Folder:
         try:
-            return os.open(bucket, _DIR_FLAGS, dir_fd=folder_fd)
-        finally:
-            os.close(folder_fd)
+            return self._bucket(folder, bucket)
+        except FileNotFoundError:
+            self._make_folder(self._root_fd, folder)
+            self._make_folder(_Folder(folder, self._root_fd).fd, bucket)
+            return self._bucket(folder, bucket)
 
     def _forget(self, folder: str, bucket: str) -> None:
         with self._lock:
-            fd = self._buckets.pop((folder, bucket), None)
-            if fd is not None:
-                os.close(fd)
+            self._buckets.pop((folder, bucket), None)
 
     @staticmethod
     def _make_folder(parent_fd: int, name: str) -> None:
@@ -388,9 +389,52 @@ class DirectoryTier(Tier):
         return ModeReport(mode, f"{mode} assumed without a probe: {why}", {}, {})
 
 
-def _folder_names(parent_fd: int) -> list[str]:
-    with os.scandir(parent_fd) as entries:
-        return [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+def _walk(parent_fd: int, name: str, depth: int) -> Iterator[tuple[str, int, os.DirEntry[str]]]:
+    """Everything but folders below a folder: (name and descriptor of the folder it is in, entry)."""
+    try:
+        fd = os.open(name, _DIR_FLAGS, dir_fd=parent_fd)
+    except OSError:
+        return
+    try:
+        folders = []
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    yield name, fd, entry
+                elif not entry.name.startswith("."):
+                    folders.append(entry.name)
+        for folder in folders if depth else ():
+            yield from _walk(fd, folder, depth - 1)
+    finally:
+        os.close(fd)
+
+
+def _dated_names(bucket_fd: int, prefix: str) -> list[tuple[int, ChunkName]]:
+    """The chunks of a bucket whose names begin with a prefix, each with its time of modification.
+
+    Raises:
+        FileNotFoundError: the folder is empty, or was removed, which looks the same.
+    """
+    # A listing moves the descriptor's own position, which threads would share: list through one that is ours alone.
+    fd = os.open(".", _DIR_FLAGS, dir_fd=bucket_fd)
+    try:
+        entries = os.listdir(fd)
+    finally:
+        os.close(fd)
+    if not entries:
+        raise FileNotFoundError(errno.ENOENT, "empty folder")
+    found = []
+    for text in entries[:MAX_BUCKET_ENTRIES_LISTED]:
+        if not text.startswith(prefix):
+            continue
+        try:
+            name = ChunkName.parse(text)
+            info = os.stat(text, dir_fd=bucket_fd, follow_symlinks=False)
+        except (ChunkForeign, OSError):
+            continue
+        if stat.S_ISREG(info.st_mode):
+            found.append((info.st_mtime_ns, name))
+    return found
 
 
 def _unlink_quietly(name: str, dir_fd: int) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import secrets
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from memkv_engines.errors import ChunkMissing, ChunkTruncated, TierFull, TierUnavailable, TransportError
+from memkv_engines.errors import ChunkError, ChunkMissing, ChunkTruncated, TierFull, TierUnavailable, TransportError
 from memkv_engines.limits import ALIGN_BYTES, MAX_IOVECS_PER_CALL, MIB
 from memkv_engines.transports.base import Transport
 
@@ -111,7 +112,7 @@ def probe_modes(dir_fd: int, direct_io: str = "auto", size_bytes: int = 8 * MIB,
         for mode in candidates:
             try:
                 writes[mode], reads[mode] = _time_mode(dir_fd, PosixTransport(mode), memoryview(buffer), rounds)
-            except (OSError, TransportError) as error:
+            except (OSError, TransportError, ChunkError) as error:
                 if isinstance(error, OSError) and error.errno in _NO_ROOM:
                     raise TierFull(f"no room for a probe file: {error.strerror}") from error
                 refused[mode] = str(error.__cause__ or error)
@@ -127,7 +128,8 @@ def probe_modes(dir_fd: int, direct_io: str = "auto", size_bytes: int = 8 * MIB,
 
 
 def _time_mode(dir_fd: int, transport: PosixTransport, view: memoryview, rounds: int) -> tuple[float, float]:
-    name = f".tmp-probe-{os.getpid()}-{transport.mode}"
+    # Process ids repeat over containers that share a mount, so the name cannot rest on them.
+    name = f".tmp-probe-{secrets.token_hex(8)}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | transport.open_flags
     fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
     try:

@@ -1,0 +1,494 @@
+"""The engine's side of the I/O service: start, submit, poll, fence, give up, start again.
+
+All methods are called from one engine thread. Only ``start``, ``fence`` and ``close`` block, each with a bound. Whatever
+happens to the service, every job submitted gets exactly one answer: a lost job is answered as failed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from memkv_engines.errors import ConfigError, IoServiceError, MemKVError, TierUnavailable
+from memkv_engines.limits import (
+    SERVICE_MAX_RESTARTS,
+    SERVICE_RESTART_BACKOFF_MAX_S,
+    SERVICE_RESTART_BACKOFF_S,
+    SERVICE_START_TIMEOUT_S,
+    SHUTDOWN_DRAIN_TIMEOUT_S,
+)
+from memkv_engines.log import get_logger
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.channel import EngineEnd
+from memkv_engines.offload.messages import (
+    Gathered,
+    Load,
+    LoadChunk,
+    LoadDone,
+    Manifest,
+    Probe,
+    ProbeDone,
+    Ready,
+    Reply,
+    Request,
+    Setup,
+    Stop,
+    Store,
+    StoreChunk,
+    StoreDone,
+    decode_reply,
+    encode,
+)
+from memkv_engines.offload.pages import GatedPages, MappedPages
+from memkv_engines.offload.process import open_tier
+from memkv_engines.offload.service import IoService
+
+log = get_logger(__name__)
+
+
+class Backend(Protocol):
+    """Where the service runs."""
+
+    name: str
+
+    def send(self, message: Request) -> None:
+        """Hand a message over without blocking."""
+
+    def receive(self) -> list[Reply]:
+        """Replies that have arrived; raises ``IoServiceError`` when the service is gone."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until a reply may have arrived or the time is up."""
+
+    def kill(self) -> None:
+        """End it now. On return it will never touch the engine's pages again."""
+
+    def stop(self) -> None:
+        """Let it finish what was gathered, bounded."""
+
+
+class ProcessBackend:
+    """The service in a child process."""
+
+    name = "process"
+
+    def __init__(self, setup: Setup) -> None:
+        # The canary stays referenced for as long as the child may read it.
+        self._canary = ctypes.create_string_buffer(os.urandom(16), 16)
+        setup = msgspec.structs.replace(
+            setup, engine_pid=os.getpid(), canary_address=ctypes.addressof(self._canary), canary=self._canary.raw
+        )
+        ours, theirs = socket.socketpair()
+        env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "memkv_engines.offload.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=env,
+            )
+        self._end = EngineEnd(ours)
+        self.send(setup)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    def send(self, message: Request) -> None:
+        self._end.send(encode(message))
+
+    def receive(self) -> list[Reply]:
+        return [decode_reply(data) for data in self._end.receive()]
+
+    def wait(self, timeout_s: float) -> None:
+        self._end.wait(timeout_s)
+
+    def kill(self) -> None:
+        self._child.kill()
+        self._child.wait()
+        self._end.close()
+
+    def stop(self) -> None:
+        try:
+            self.send(Stop())
+            self._child.wait(SHUTDOWN_DRAIN_TIMEOUT_S + 1.0)
+        except (IoServiceError, subprocess.TimeoutExpired):
+            pass
+        self.kill()
+
+
+class ThreadBackend:
+    """The service on threads of this process: where a child may not reach the engine's memory."""
+
+    name = "thread"
+
+    def __init__(self, setup: Setup) -> None:
+        self._replies: deque[Reply] = deque()
+        self._gate = GatedPages(MappedPages()) if setup.groups else None
+        tier = open_tier(setup)
+        self._service = IoService(setup, tier, self._gate, self._replies.append)
+        self._service.start()
+        self._replies.append(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason))
+
+    def send(self, message: Request) -> None:
+        self._service.submit(message)
+
+    def receive(self) -> list[Reply]:
+        return [self._replies.popleft() for _ in range(len(self._replies))]
+
+    def wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self._replies and time.monotonic() < deadline:
+            time.sleep(0.0005)
+
+    def kill(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+
+    def stop(self) -> None:
+        self._service.stop(SHUTDOWN_DRAIN_TIMEOUT_S)
+        self.kill()
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """Answer to a load: per chunk the good blocks and why it stopped there."""
+
+    job_id: int
+    good_blocks: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoreResult:
+    """Answer to a store: per chunk ``stored | present | shed | full | failed``."""
+
+    job_id: int
+    outcomes: tuple[str, ...]
+
+
+@dataclass
+class _Pending:
+    chunks: int
+    deadline: float
+    gathered: bool = True
+
+
+class IoClient:
+    """Talks to one I/O service and keeps its promises.
+
+    Args:
+        setup: what the service needs to know.
+        io_process: ``auto`` (child process, threads where that fails), ``on``, ``off``.
+        load_timeout_ms: age at which a load is given up.
+        fence_timeout_ms: longest wait for gathers.
+        counters: where to count.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        io_process: str = "auto",
+        load_timeout_ms: int = 30_000,
+        fence_timeout_ms: int = 2_000,
+        counters: Counters | None = None,
+    ) -> None:
+        self._setup = setup
+        self._io_process = io_process
+        self._load_timeout_s = load_timeout_ms / 1000
+        self._fence_timeout_s = fence_timeout_ms / 1000
+        self.counters = counters or Counters()
+        self.ready = Ready()
+        self._backend: Backend | None = None
+        self._starting: ProcessBackend | None = None
+        self._loads: dict[int, _Pending] = {}
+        self._stores: dict[int, _Pending] = {}
+        self._results: list[LoadResult | StoreResult | ProbeDone] = []
+        self._restarts = 0
+        self._restart_at = 0.0
+
+    # --- life ----------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the service and wait until it is ready.
+
+        Raises:
+            ConfigError: the tier cannot be used; nothing to do with the child process.
+            IoServiceError: the service does not start in the mode asked for.
+        """
+        if self._io_process != "off":
+            try:
+                self._backend = self._started(ProcessBackend)
+                return
+            except ConfigError:
+                raise
+            except (MemKVError, OSError) as error:
+                if self._io_process == "on":
+                    raise IoServiceError(f"io_process=on, but the I/O process does not work: {error}") from error
+                log.warning("the I/O process does not work here (%s): falling back to threads of the engine", error)
+        self._io_process = "off"
+        self._backend = self._started(ThreadBackend)
+
+    @property
+    def mode(self) -> str:
+        """``process``, ``thread`` or ``down``."""
+        return self._backend.name if self._backend else "down"
+
+    @property
+    def child_pid(self) -> int | None:
+        """The child's process id, if there is a child."""
+        return self._backend.pid if isinstance(self._backend, ProcessBackend) else None
+
+    def _started(self, make: Callable[[Setup], Backend]) -> Backend:
+        try:
+            backend = make(self._setup)
+        except TierUnavailable as error:
+            raise ConfigError(str(error)) from error
+        deadline = time.monotonic() + SERVICE_START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for reply in backend.receive():
+                if isinstance(reply, Ready):
+                    if not reply.error:
+                        self.ready = reply
+                        return backend
+                    backend.kill()
+                    if reply.error_kind == TierUnavailable.__name__:
+                        raise ConfigError(reply.error)
+                    raise IoServiceError(reply.error)
+            backend.wait(0.05)
+        backend.kill()
+        raise IoServiceError(f"the I/O service was not ready after {SERVICE_START_TIMEOUT_S:.0f} s")
+
+    def close(self) -> None:
+        """Let gathered stores finish, bounded, then end the service. Idempotent."""
+        backend, self._backend = self._backend, None
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.kill()
+        if backend is not None:
+            backend.stop()
+
+    # --- jobs ----------------------------------------------------------------
+
+    def submit_load(self, job_id: int, chunks: tuple[LoadChunk, ...]) -> None:
+        """Start a load; a ``LoadResult`` will come from ``poll``."""
+        self._loads[job_id] = _Pending(len(chunks), time.monotonic() + self._load_timeout_s)
+        self._send(Load(job_id, chunks))
+
+    def submit_store(self, job_id: int, chunks: tuple[StoreChunk, ...]) -> None:
+        """Start a store; the pages must not change before ``fence`` returns. A ``StoreResult`` will come."""
+        # A store has no deadline of its own: what the engine waits for is the fence.
+        self._stores[job_id] = _Pending(len(chunks), float("inf"), gathered=False)
+        self._send(Store(job_id, chunks))
+
+    def submit_probe(self, probe: Probe) -> None:
+        """Start a look-up; a ``ProbeDone`` will come unless the service dies: callers keep their own deadline."""
+        self._send(probe)
+
+    def submit_manifest(self, manifest: Manifest) -> None:
+        """Record a namespace, best effort."""
+        self._send(manifest)
+
+    def fence(self) -> bool:
+        """Wait until every submitted store has been gathered: from then on its pages may be overwritten.
+
+        Bounded by ``fence_timeout_ms``: past it the service is killed, and the stores are lost.
+
+        Returns:
+            False if the service had to be killed.
+        """
+        if all(p.gathered for p in self._stores.values()):
+            return True
+        start = time.perf_counter()
+        deadline = time.monotonic() + self._fence_timeout_s
+        while not all(p.gathered for p in self._stores.values()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._lose_service("gathers are overdue")
+                break
+            if self._backend is not None:
+                self._backend.wait(left)
+            self._receive()
+        self.counters.add("gather_microseconds", int((time.perf_counter() - start) * 1e6))
+        return self._backend is not None
+
+    def poll(self) -> list[LoadResult | StoreResult | ProbeDone]:
+        """Results that have come in; never blocks. Gives up overdue loads (kills the service first)."""
+        self._receive()
+        now = time.monotonic()
+        if any(p.deadline <= now for p in self._loads.values()):
+            self._lose_service("a load is overdue")
+        if self._backend is None:
+            self._try_restart(now)
+        results, self._results = self._results, []
+        return results
+
+    @property
+    def pending_loads(self) -> int:
+        """Loads without an answer."""
+        return len(self._loads)
+
+    @property
+    def pending_stores(self) -> int:
+        """Stores without an answer."""
+        return len(self._stores)
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until something may have come in; for tests, tools and benchmarks."""
+        if self._backend is not None:
+            self._backend.wait(timeout_s)
+
+    # --- inside --------------------------------------------------------------
+
+    def _send(self, message: Request) -> None:
+        if self._backend is None:
+            self._fail_pending()
+            return
+        try:
+            self._backend.send(message)
+        except IoServiceError as error:
+            self._lose_service(str(error))
+
+    def _receive(self) -> None:
+        if self._backend is None:
+            return
+        try:
+            replies = self._backend.receive()
+        except IoServiceError as error:
+            self._lose_service(str(error))
+            return
+        for reply in replies:
+            self._take(reply)
+
+    def _take(self, reply: Reply) -> None:
+        if isinstance(reply, Gathered):
+            if reply.job_id in self._stores:
+                self._stores[reply.job_id].gathered = True
+        elif isinstance(reply, LoadDone):
+            pending = self._loads.pop(reply.job_id, None)
+            if pending is None or len(reply.kinds) != pending.chunks or len(reply.good_blocks) != pending.chunks:
+                if pending is not None:
+                    self._fail_load(reply.job_id, pending)
+                return
+            self._count_load(reply)
+            self._results.append(LoadResult(reply.job_id, reply.good_blocks, reply.kinds))
+        elif isinstance(reply, StoreDone):
+            if self._stores.pop(reply.job_id, None) is not None:
+                self._count_store(reply)
+                self._results.append(StoreResult(reply.job_id, reply.outcomes))
+        elif isinstance(reply, ProbeDone):
+            self._results.append(reply)
+
+    def _count_load(self, reply: LoadDone) -> None:
+        count = self.counters.add
+        count("load_jobs")
+        count("load_blocks", sum(reply.good_blocks))
+        count("load_bytes", reply.read_bytes)
+        count("load_microseconds", reply.elapsed_us)
+        count("load_chunks", sum(not kind for kind in reply.kinds))
+        if any(reply.kinds):
+            count("load_jobs_failed")
+        for kind in reply.kinds:
+            if kind and kind != "skipped":
+                count(f"miss_{kind}" if f"miss_{kind}" in MISS_COUNTERS else "miss_io_error")
+
+    def _count_store(self, reply: StoreDone) -> None:
+        names = {
+            "stored": "store_chunks",
+            "present": "store_present",
+            "shed": "store_shed",
+            "full": "store_full",
+            "failed": "store_failed",
+        }
+        for outcome in reply.outcomes:
+            self.counters.add(names.get(outcome, "store_failed"))
+        self.counters.add("store_bytes", reply.written_bytes)
+        self.counters.add("store_payload_bytes", reply.payload_bytes)
+
+    def _lose_service(self, why: str) -> None:
+        log.warning("I/O service lost: %s; its jobs become misses", why)
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            # Only after this is it safe to tell the engine that its pages are its own again.
+            backend.kill()
+        self._restart_at = time.monotonic() + self._backoff_s()
+        self._fail_pending()
+
+    def _fail_pending(self) -> None:
+        for job_id, pending in list(self._loads.items()):
+            self._fail_load(job_id, pending)
+        self._loads.clear()
+        for job_id, pending in self._stores.items():
+            self.counters.add("store_failed", pending.chunks)
+            self._results.append(StoreResult(job_id, ("failed",) * pending.chunks))
+        self._stores.clear()
+
+    def _fail_load(self, job_id: int, pending: _Pending) -> None:
+        self.counters.add("load_jobs")
+        self.counters.add("load_jobs_failed")
+        self.counters.add("miss_io_service", pending.chunks)
+        self._results.append(LoadResult(job_id, (0,) * pending.chunks, ("io_service",) * pending.chunks))
+
+    def _try_restart(self, now: float) -> None:
+        """Bring a lost child process back without blocking: spawn it, then look for its greeting at later polls.
+
+        Threads are not started again: one that hangs cannot be ended, and another would hang beside it.
+        """
+        if self._starting is not None:
+            self._await_restart(now)
+        elif self._io_process != "off" and now >= self._restart_at and self._restarts < SERVICE_MAX_RESTARTS:
+            self._restarts += 1
+            self.counters.add("io_service_restarts")
+            self._restart_at = now + SERVICE_START_TIMEOUT_S
+            try:
+                self._starting = ProcessBackend(self._setup)
+            except (MemKVError, OSError) as error:
+                self._give_up_restart(now, str(error))
+
+    def _await_restart(self, now: float) -> None:
+        backend = self._starting
+        if backend is None:
+            return
+        try:
+            greeting = next((r for r in backend.receive() if isinstance(r, Ready)), None)
+        except IoServiceError as error:
+            greeting = Ready(error=str(error))
+        if greeting is None and now < self._restart_at:
+            return
+        self._starting = None
+        if greeting is None or greeting.error:
+            backend.kill()
+            self._give_up_restart(now, greeting.error if greeting else "no greeting in time")
+            return
+        self._backend, self.ready = backend, greeting
+        log.warning("I/O service runs again (restart %d of %d)", self._restarts, SERVICE_MAX_RESTARTS)
+
+    def _give_up_restart(self, now: float, why: str) -> None:
+        log.warning("I/O service does not start: %s", why)
+        self._restart_at = now + self._backoff_s()
+
+    def _backoff_s(self) -> float:
+        return float(min(SERVICE_RESTART_BACKOFF_S * 2**self._restarts, SERVICE_RESTART_BACKOFF_MAX_S))
+
+
+MISS_COUNTERS = frozenset(
+    {"miss_missing", "miss_truncated", "miss_damaged", "miss_foreign", "miss_version", "miss_io_error"}
+)
+
+
+def _python_path() -> str:
+    # The child must import this very package, also where the engine found it through sys.path manipulation.
+    package_parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])

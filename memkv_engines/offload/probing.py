@@ -1,0 +1,113 @@
+"""Walk a prefix chain in the tier: which stored chunks cover the leading blocks of a prompt.
+
+At each position the exact full chunk is asked for first; where that is missing, variants that start at the block are
+listed, newest first, and the one that shares most leading blocks is taken. A probe that begins inside a chunk has
+already been moved back to the chunk's start by the caller.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from memkv_engines.chunk.codec import Geometry, decode_header
+from memkv_engines.errors import ChunkError, IoServiceError, MemKVError
+from memkv_engines.keys import ChunkName, Shard, namespace_folder
+from memkv_engines.limits import KEY_BYTES, MAX_BLOCKS_PER_CHUNK, MAX_PROBE_SEGMENTS
+from memkv_engines.offload.messages import Probe, Segment, split_hashes
+from memkv_engines.tier.base import Tier
+
+_MAX_VARIANT_LISTINGS = 16
+
+
+class ChainWalk:
+    """One probe. Blocking; for a background thread.
+
+    Args:
+        probe: what to look for.
+        tier: where.
+    """
+
+    def __init__(self, probe: Probe, tier: Tier) -> None:
+        self._tier = tier
+        self._folder = namespace_folder(probe.namespace)
+        self._namespace = probe.namespace
+        self._group = probe.group
+        self._hashes = split_hashes(probe.hashes)
+        self._full = probe.blocks_per_chunk
+        self._position = probe.start
+        self._shards = [Shard(*s).text for s in probe.shards]
+        if self._full < 1 or not self._shards or probe.start < 0:
+            raise IoServiceError("malformed probe")
+
+    def run(self) -> list[Segment]:
+        """Segments in order; empty if nothing is stored."""
+        segments: list[Segment] = []
+        listings = 0
+        while self._position < len(self._hashes) and len(segments) < MAX_PROBE_SEGMENTS:
+            segment = self._exact()
+            if segment is None:
+                if listings >= _MAX_VARIANT_LISTINGS:
+                    break
+                listings += 1
+                segment = self._best_variant()
+            if segment is None:
+                break
+            segments.append(segment)
+            self._position += segment.take
+            if segment.take < segment.block_count:
+                break  # The prompt ends or diverges inside this chunk.
+        return segments
+
+    def _exact(self) -> Segment | None:
+        stop = self._position + self._full
+        if stop > len(self._hashes):
+            return None
+        first, last = self._hashes[self._position][:KEY_BYTES], self._hashes[stop - 1][:KEY_BYTES]
+        names = [ChunkName(first, last, self._full, 0, self._group, text) for text in self._shards]
+        if not all(self._tier.exists(self._folder, names)):
+            return None
+        return Segment(self._position, last, self._full, 0, self._full)
+
+    def _best_variant(self) -> Segment | None:
+        first = self._hashes[self._position][:KEY_BYTES]
+        best: Segment | None = None
+        for name in self._tier.variants(self._folder, first, self._group, self._shards[0]):
+            if name.holes:
+                continue  # Not a leading run of blocks; sliding-window groups ask for exact chunks.
+            take = self._shared_blocks(name)
+            if take > (best.take if best else 0) and self._others_have(name):
+                best = Segment(self._position, name.last, name.block_count, 0, take)
+        return best
+
+    def _others_have(self, name: ChunkName) -> bool:
+        names = [
+            ChunkName(name.first, name.last, name.block_count, name.holes, name.group, text)
+            for text in self._shards[1:]
+        ]
+        return all(self._tier.exists(self._folder, names))
+
+    def _shared_blocks(self, name: ChunkName) -> int:
+        """How many leading blocks of a stored chunk are the prompt's; 0 if its header cannot be believed."""
+        own = self._hashes[self._position : self._position + name.block_count]
+        if len(own) == name.block_count and own[-1][:KEY_BYTES] == name.last:
+            return name.block_count
+        header_bytes = Geometry(min(name.block_count, MAX_BLOCKS_PER_CHUNK), 1, 1).header_bytes
+        try:
+            # An anonymous map is page-aligned, which direct I/O needs.
+            with self._tier.open(self._folder, name) as reader, mmap.mmap(-1, header_bytes) as buffer:
+                view = memoryview(buffer)
+                try:
+                    reader.read([view], 0)
+                    header = decode_header(bytes(view))
+                finally:
+                    view.release()
+        except (ChunkError, MemKVError):
+            return 0
+        if header.key.namespace_digest != self._namespace or header.key.name != name:
+            return 0
+        shared = 0
+        for entry, mine in zip(header.blocks, own, strict=False):
+            if entry.chain_hash != mine:
+                break
+            shared += 1
+        return shared

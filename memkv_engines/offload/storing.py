@@ -1,0 +1,97 @@
+"""One chunk from pages to the tier, in two steps: gather (the engine waits for it), then digest and write."""
+
+from __future__ import annotations
+
+from memkv_engines.chunk.codec import Geometry, build_header
+from memkv_engines.errors import IoServiceError, TierError, TierFull, TransportError
+from memkv_engines.keys import ChunkKey, namespace_folder
+from memkv_engines.offload.groups import Group
+from memkv_engines.offload.messages import StoreChunk, split_hashes
+from memkv_engines.offload.pages import Pages
+from memkv_engines.offload.staging import Slot
+from memkv_engines.tier.base import Tier
+
+
+class ChunkStore:
+    """Stores one chunk: ``gather`` once, then ``write`` once, maybe on another thread.
+
+    Args:
+        chunk: what to store and from where.
+        group: geometry of its KV group in this worker.
+        slot: staging memory, owned until ``write`` returns.
+    """
+
+    def __init__(self, chunk: StoreChunk, group: Group, slot: Slot) -> None:
+        self._chunk, self._group, self.slot = chunk, group, slot
+        self._hashes = split_hashes(chunk.hashes)
+        if len(self._hashes) != chunk.holes + len(chunk.block_ids):
+            raise IoServiceError("a store needs one hash per block")
+        self._key = ChunkKey(
+            chunk.namespace,
+            self._hashes[0],
+            self._hashes[-1],
+            len(self._hashes),
+            chunk.group,
+            group.shard,
+            chunk.holes,
+        )
+        self._geometry = Geometry(len(self._hashes), group.block_bytes, group.block_tokens)
+        if self._geometry.object_bytes > slot.view.nbytes:
+            raise IoServiceError("a store larger than a staging slot")
+
+    @property
+    def payload_bytes(self) -> int:
+        """Payload bytes that a write submits."""
+        return self._geometry.payload_bytes
+
+    def gather(self, pages: Pages) -> None:
+        """Copy the pages into staging. What the slot held before never reaches the tier.
+
+        Raises:
+            IoServiceError: the engine's memory cannot be read.
+        """
+        g = self._geometry
+        layout = self._group.layout
+        payload = self.slot.view[g.header_bytes : g.object_bytes]
+        padding = g.block_stride_bytes - g.block_bytes
+        if padding:
+            for index in range(g.block_count):
+                end = (index + 1) * g.block_stride_bytes
+                payload[end - padding : end] = bytes(padding)
+        if self._chunk.holes:
+            payload[: self._chunk.holes * g.block_stride_bytes] = bytes(self._chunk.holes * g.block_stride_bytes)
+        pages.gather(
+            layout.iovecs(self._chunk.block_ids),
+            len(layout.tiles),
+            self.slot.address + g.block_offset(self._chunk.holes),
+            g.block_bytes,
+            g.block_stride_bytes,
+        )
+
+    def write(self, tier: Tier) -> tuple[str, int]:
+        """Digest and publish. Blocking; never raises for trouble with the tier.
+
+        Returns:
+            The outcome (``stored | present | full | failed``) and the bytes submitted to the device.
+        """
+        g = self._geometry
+        folder = namespace_folder(self._key.namespace_digest)
+        name = self._key.name
+        try:
+            if not self._chunk.replace and tier.exists(folder, [name])[0]:
+                return "present", 0
+            header = build_header(
+                self._key,
+                g.block_tokens,
+                g.block_bytes,
+                self._hashes,
+                self._chunk.first_position,
+                self.slot.view[g.header_bytes : g.object_bytes],
+            )
+            self.slot.view[: g.header_bytes] = header.encode()
+            result = tier.put(folder, name, [self.slot.view[: g.object_bytes]], replace=self._chunk.replace)
+        except TierFull:
+            return "full", 0
+        except (TierError, TransportError):
+            return "failed", 0
+        return ("present" if result.already_present else "stored"), result.written_bytes
