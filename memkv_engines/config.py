@@ -192,7 +192,7 @@ def _convert(spec: dataclasses.Field[Any], raw: Any, source: str) -> Any:
 
     value: Any
     if kind == "bool":
-        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        words = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
         value = raw if isinstance(raw, bool) else words.get(str(raw).lower())
         if value is None:
             raise reject("give true or false")

@@ -128,7 +128,8 @@ class ChunkHeader:
             self.first_position,
         ).ljust(_DIGEST_OFFSET, b"\0")
         table = b"".join(
-            _ENTRY.pack(b.chain_hash, b.digest, FLAG_PRESENT if b.present else 0, b"", b"", b"", b"") for b in self.blocks
+            _ENTRY.pack(b.chain_hash, b.digest, FLAG_PRESENT if b.present else 0, b"", b"", b"", b"")
+            for b in self.blocks
         ).ljust(g.header_bytes - _FIXED_BYTES, b"\0")
         return fixed + header_digest([fixed, table]) + table
 

@@ -248,9 +248,7 @@ class DirectoryTier(Tier):
             return False
 
     def _stat(self, folder: str, name: ChunkName) -> os.stat_result:
-        return self._within(
-            folder, name.bucket, lambda fd: os.stat(name.text, dir_fd=fd, follow_symlinks=False)
-        )
+        return self._within(folder, name.bucket, lambda fd: os.stat(name.text, dir_fd=fd, follow_symlinks=False))
 
     def variants(self, folder: str, first: bytes, group: int, shard_text: str) -> list[ChunkName]:
         try:
@@ -334,7 +332,8 @@ class DirectoryTier(Tier):
         with self._lock:
             opened = self._buckets.get((folder, bucket))
             if opened is None:
-                opened = _Folder(bucket, _Folder(folder, self._root_fd).fd)
+                namespace = _Folder(folder, self._root_fd)
+                opened = _Folder(bucket, namespace.fd)
                 self._buckets[(folder, bucket)] = opened
                 if len(self._buckets) > MAX_OPEN_BUCKETS:
                     self._buckets.popitem(last=False)
@@ -347,7 +346,8 @@ class DirectoryTier(Tier):
             return self._bucket(folder, bucket)
         except FileNotFoundError:
             self._make_folder(self._root_fd, folder)
-            self._make_folder(_Folder(folder, self._root_fd).fd, bucket)
+            namespace = _Folder(folder, self._root_fd)
+            self._make_folder(namespace.fd, bucket)
             return self._bucket(folder, bucket)
 
     def _forget(self, folder: str, bucket: str) -> None:
@@ -375,7 +375,7 @@ class DirectoryTier(Tier):
             ) from error
         if not self._read_only and not os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True):
             os.close(fd)
-            raise TierUnavailable(f"path={str(self.root)!r} is not writable by this user; set read_only or fix its mode")
+            raise TierUnavailable(f"path={str(self.root)!r} is not writable by this user: fix its mode or owner")
         return fd
 
     def _choose_mode(self, direct_io: str) -> ModeReport:
