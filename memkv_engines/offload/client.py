@@ -33,7 +33,7 @@ from memkv_engines.offload.channel import EngineEnd
 from memkv_engines.offload.messages import (
     Gathered,
     Load,
-    LoadChunk,
+    LoadRun,
     LoadDone,
     Manifest,
     Probe,
@@ -163,7 +163,7 @@ class ThreadBackend:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """Answer to a load: per chunk the good blocks and why it stopped there."""
+    """Answer to a load: per run its good leading blocks and why it stopped there."""
 
     job_id: int
     good_blocks: tuple[int, ...]
@@ -180,7 +180,7 @@ class StoreResult:
 
 @dataclass
 class _Pending:
-    chunks: int
+    parts: int
     deadline: float
     gathered: bool = True
 
@@ -282,10 +282,10 @@ class IoClient:
 
     # --- jobs ----------------------------------------------------------------
 
-    def submit_load(self, job_id: int, chunks: tuple[LoadChunk, ...]) -> None:
+    def submit_load(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
         """Start a load; a ``LoadResult`` will come from ``poll``."""
-        self._loads[job_id] = _Pending(len(chunks), time.monotonic() + self._load_timeout_s)
-        self._send(Load(job_id, chunks))
+        self._loads[job_id] = _Pending(len(runs), time.monotonic() + self._load_timeout_s)
+        self._send(Load(job_id, runs))
 
     def submit_store(self, job_id: int, chunks: tuple[StoreChunk, ...]) -> None:
         """Start a store; the pages must not change before ``fence`` returns. A ``StoreResult`` will come."""
@@ -378,7 +378,7 @@ class IoClient:
                 self._stores[reply.job_id].gathered = True
         elif isinstance(reply, LoadDone):
             pending = self._loads.pop(reply.job_id, None)
-            if pending is None or len(reply.kinds) != pending.chunks or len(reply.good_blocks) != pending.chunks:
+            if pending is None or len(reply.kinds) != pending.parts or len(reply.good_blocks) != pending.parts:
                 if pending is not None:
                     self._fail_load(reply.job_id, pending)
                 return
@@ -397,11 +397,11 @@ class IoClient:
         count("load_blocks", sum(reply.good_blocks))
         count("load_bytes", reply.read_bytes)
         count("load_microseconds", reply.elapsed_us)
-        count("load_chunks", sum(not kind for kind in reply.kinds))
+        count("load_chunks", reply.chunks)
         if any(reply.kinds):
             count("load_jobs_failed")
         for kind in reply.kinds:
-            if kind and kind != "skipped":
+            if kind:
                 count(f"miss_{kind}" if f"miss_{kind}" in MISS_COUNTERS else "miss_io_error")
 
     def _count_store(self, reply: StoreDone) -> None:
@@ -431,15 +431,15 @@ class IoClient:
             self._fail_load(job_id, pending)
         self._loads.clear()
         for job_id, pending in self._stores.items():
-            self.counters.add("store_failed", pending.chunks)
-            self._results.append(StoreResult(job_id, ("failed",) * pending.chunks))
+            self.counters.add("store_failed", pending.parts)
+            self._results.append(StoreResult(job_id, ("failed",) * pending.parts))
         self._stores.clear()
 
     def _fail_load(self, job_id: int, pending: _Pending) -> None:
         self.counters.add("load_jobs")
         self.counters.add("load_jobs_failed")
-        self.counters.add("miss_io_service", pending.chunks)
-        self._results.append(LoadResult(job_id, (0,) * pending.chunks, ("io_service",) * pending.chunks))
+        self.counters.add("miss_io_service", pending.parts)
+        self._results.append(LoadResult(job_id, (0,) * pending.parts, ("io_service",) * pending.parts))
 
     def _try_restart(self, now: float) -> None:
         """Bring a lost child process back without blocking: spawn it, then look for its greeting at later polls.

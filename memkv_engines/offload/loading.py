@@ -4,17 +4,70 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from memkv_engines.chunk.codec import ChunkHeader, Geometry, check_header, decode_header, verify_blocks
 from memkv_engines.errors import ChunkDamaged, ChunkError, ChunkForeign, ChunkTruncated, IoServiceError
 from memkv_engines.keys import ChunkName, namespace_folder
 from memkv_engines.limits import KEY_BYTES
 from memkv_engines.offload.groups import Group
-from memkv_engines.offload.messages import LoadChunk, split_hashes
+from memkv_engines.offload.messages import LoadRun, split_hashes
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.staging import Slot
 from memkv_engines.tier.base import ChunkReader, Tier
 
 REMOVABLE_KINDS = frozenset({"truncated", "damaged", "foreign"})
+
+
+@dataclass(frozen=True)
+class LoadChunk:
+    """Blocks ``[take_first, take_first + len(block_ids))`` of one chunk.
+
+    ``hashes`` are the reader's own chain hashes of the chunk's blocks 0 up to the last one taken; ``last`` is the
+    16-byte prefix of the chunk's last hash.
+    """
+
+    namespace: bytes
+    group: int
+    last: bytes
+    block_count: int
+    holes: int
+    take_first: int
+    hashes: list[bytes]
+    block_ids: npt.NDArray[np.int32]
+
+
+def expand_run(run: LoadRun) -> list[LoadChunk]:
+    """Cut a run into its chunks.
+
+    Raises:
+        IoServiceError: the run contradicts itself.
+    """
+    hashes = split_hashes(run.hashes)
+    ids = np.frombuffer(run.block_ids, dtype="<i4") if len(run.block_ids) % 4 == 0 else np.empty(0, np.int32)
+    if len(ids) != len(hashes) - run.take_first or not 0 <= run.take_first < run.block_count or run.chunk_count < 1:
+        raise IoServiceError("malformed load run")
+    if run.last and run.chunk_count != 1 or not run.last and len(hashes) != run.chunk_count * run.block_count:
+        raise IoServiceError("a run of full chunks needs the hashes of all their blocks")
+    chunks = []
+    for index in range(run.chunk_count):
+        start = index * run.block_count
+        own = hashes[start : start + run.block_count]
+        skip = run.take_first if index == 0 else 0
+        chunks.append(
+            LoadChunk(
+                run.namespace,
+                run.group,
+                run.last or own[-1][:KEY_BYTES],
+                run.block_count,
+                run.holes if index == 0 else 0,
+                skip,
+                own,
+                ids[start + skip - run.take_first : start + len(own) - run.take_first],
+            )
+        )
+    return chunks
 
 
 @dataclass(frozen=True)
@@ -39,10 +92,10 @@ class ChunkLoad:
 
     def __init__(self, chunk: LoadChunk, group: Group, tier: Tier, pages: Pages, slot: Slot) -> None:
         self._chunk, self._group, self._tier, self._pages, self._slot = chunk, group, tier, pages, slot
-        self._hashes = split_hashes(chunk.hashes)
+        self._hashes = chunk.hashes
         self._take = len(chunk.block_ids)
         self._stop = chunk.take_first + self._take
-        if not self._hashes or len(self._hashes) < self._stop or len(chunk.last) != KEY_BYTES:
+        if not self._take or len(self._hashes) < self._stop or len(chunk.last) != KEY_BYTES:
             raise IoServiceError("a load needs the hashes of the blocks it takes")
         self.name = ChunkName(
             self._hashes[0][:KEY_BYTES],

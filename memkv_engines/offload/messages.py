@@ -60,21 +60,24 @@ class StoreChunk(msgspec.Struct, frozen=True, array_like=True):
     replace: bool = False
 
 
-class LoadChunk(msgspec.Struct, frozen=True, array_like=True):
-    """Blocks ``[take_first, take_first + len(block_ids))`` of one chunk to read, verify and scatter.
+class LoadRun(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive blocks of one prefix that lie in ``chunk_count`` chunks of ``block_count`` blocks each.
 
-    ``hashes`` are the reader's own chain hashes of the chunk's blocks 0 up to the last one taken, joined; ``last`` is
-    the 16-byte prefix of the chunk's last hash (a variant's last block may lie beyond the reader's prompt).
+    ``hashes`` are the reader's own chain hashes, joined, from block 0 of the first chunk up to the last block taken.
+    The blocks taken are those from ``take_first`` on; ``block_ids`` are their pages, little-endian int32, joined.
+    ``last`` is empty where each chunk's last hash is among ``hashes``, else the 16-byte prefix of the last hash of the
+    only chunk (a variant may end beyond the reader's prompt).
     """
 
     namespace: bytes
     group: int
-    last: bytes
     block_count: int
+    chunk_count: int
     holes: int
+    last: bytes
     take_first: int
     hashes: bytes
-    block_ids: tuple[int, ...]
+    block_ids: bytes
 
 
 class Store(msgspec.Struct, frozen=True, tag="store"):
@@ -85,16 +88,16 @@ class Store(msgspec.Struct, frozen=True, tag="store"):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Read, verify, scatter; chunks are in chain order within a group."""
+    """Read, verify, scatter; runs of a group are in chain order."""
 
     job_id: int
-    chunks: tuple[LoadChunk, ...]
+    runs: tuple[LoadRun, ...]
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
     """Walk the chain of one group from block ``start`` on. ``hashes`` are the prompt's, joined, from block 0.
 
-    Every shard in ``shards`` must hold what is reported.
+    Every shard in ``shards`` must hold what is reported. Blocks before ``need_from`` may be holes (sliding windows).
     """
 
     probe_id: int
@@ -102,6 +105,7 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     group: int
     blocks_per_chunk: int
     start: int
+    need_from: int
     hashes: bytes
     shards: tuple[tuple[int, int, int, int, int, int], ...]
 
@@ -142,11 +146,12 @@ class StoreDone(msgspec.Struct, frozen=True, tag="store_done"):
 
 
 class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
-    """Per chunk: how many of its blocks are good and in place, and why it stopped there (empty: all are)."""
+    """Per run: how many of its leading blocks are good and in place, and why it stopped there (empty: all are)."""
 
     job_id: int
     good_blocks: tuple[int, ...]
     kinds: tuple[str, ...]
+    chunks: int
     read_bytes: int
     elapsed_us: int
 

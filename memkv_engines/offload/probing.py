@@ -35,6 +35,7 @@ class ChainWalk:
         self._hashes = split_hashes(probe.hashes)
         self._full = probe.blocks_per_chunk
         self._position = probe.start
+        self._need_from = probe.need_from
         self._shards = [Shard(*s).text for s in probe.shards]
         if self._full < 1 or not self._shards or probe.start < 0:
             raise IoServiceError("malformed probe")
@@ -72,11 +73,11 @@ class ChainWalk:
         first = self._hashes[self._position][:KEY_BYTES]
         best: Segment | None = None
         for name in self._tier.variants(self._folder, first, self._group, self._shards[0]):
-            if name.holes:
-                continue  # Not a leading run of blocks; sliding-window groups ask for exact chunks.
+            if name.holes > max(0, self._need_from - self._position):
+                continue  # It lacks blocks that are needed.
             take = self._shared_blocks(name)
-            if take > (best.take if best else 0) and self._others_have(name):
-                best = Segment(self._position, name.last, name.block_count, 0, take)
+            if take > (best.take if best else name.holes) and self._others_have(name):
+                best = Segment(self._position, name.last, name.block_count, name.holes, take)
         return best
 
     def _others_have(self, name: ChunkName) -> bool:

@@ -19,7 +19,7 @@ from memkv_engines.keys import Namespace
 from memkv_engines.limits import MAX_STAGING_SLOTS, MIN_STAGING_SLOTS
 from memkv_engines.log import get_logger
 from memkv_engines.offload.groups import Group
-from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadOutcome
+from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome, expand_run
 from memkv_engines.offload.messages import (
     Gathered,
     Load,
@@ -46,11 +46,12 @@ _WRITER_YIELD_S = 1.0
 
 @dataclass
 class _LoadJob:
-    message: Load
+    job_id: int
     started: float
-    outcomes: list[LoadOutcome | None]
+    runs: list[list[LoadChunk]]
+    outcomes: list[list[LoadOutcome | None]]
     remaining: int
-    # First bad chunk per group: what follows it in the chain is of no use.
+    # First bad chunk per run: what follows it in the chain is of no use.
     first_bad: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -79,7 +80,7 @@ class IoService:
         self._tier, self._pages, self._reply = tier, pages, reply
         self._groups = {g.group: Group.from_spec(g) for g in setup.groups if g.tiles}
         self._gathers: queue.SimpleQueue[Store | None] = queue.SimpleQueue()
-        self._loads: queue.SimpleQueue[tuple[_LoadJob, int] | None] = queue.SimpleQueue()
+        self._loads: queue.SimpleQueue[tuple[_LoadJob, int, int] | None] = queue.SimpleQueue()
         self._writes: queue.SimpleQueue[tuple[_StoreJob, int, ChunkStore] | None] = queue.SimpleQueue()
         self._probes: queue.SimpleQueue[Probe | Manifest | None] = queue.SimpleQueue()
         self._loads_pending = 0
@@ -141,25 +142,26 @@ class IoService:
     # --- loads ---------------------------------------------------------------
 
     def _submit_load(self, message: Load) -> None:
-        count = len(message.chunks)
-        job = _LoadJob(message, time.perf_counter(), [None] * count, count)
+        runs = [expand_run(run) for run in message.runs]
+        count = sum(map(len, runs))
+        job = _LoadJob(message.job_id, time.perf_counter(), runs, [[None] * len(r) for r in runs], count)
         if not count:
             self._finish_load(job)
             return
         with self._idle_loads:
             self._loads_pending += count
-        for index in range(count):
-            self._loads.put((job, index))
+        for run, chunks in enumerate(runs):
+            for index in range(len(chunks)):
+                self._loads.put((job, run, index))
 
     def _load_loop(self) -> None:
         while (item := self._loads.get()) is not None:
-            job, index = item
-            outcome = self._load_one(job, index)
+            job, run, index = item
+            outcome = self._load_one(job, run, index)
             with job.lock:
-                job.outcomes[index] = outcome
+                job.outcomes[run][index] = outcome
                 if outcome.kind:
-                    group = job.message.chunks[index].group
-                    job.first_bad[group] = min(index, job.first_bad.get(group, index))
+                    job.first_bad[run] = min(index, job.first_bad.get(run, index))
                 job.remaining -= 1
                 finished = job.remaining == 0
             with self._idle_loads:
@@ -169,13 +171,11 @@ class IoService:
             if finished:
                 self._finish_load(job)
 
-    def _load_one(self, job: _LoadJob, index: int) -> LoadOutcome:
-        chunk = job.message.chunks[index]
-        bad = job.first_bad.get(chunk.group)
-        if bad is not None and bad < index:
+    def _load_one(self, job: _LoadJob, run: int, index: int) -> LoadOutcome:
+        chunk = job.runs[run][index]
+        if job.first_bad.get(run, index) < index:
             return LoadOutcome(0, "skipped", 0)
         slot = self._load_staging.acquire()
-        load = None
         try:
             load = ChunkLoad(chunk, self._groups[chunk.group], self._tier, self._require_pages(), slot)
             outcome = load.run()
@@ -189,12 +189,23 @@ class IoService:
         return outcome
 
     def _finish_load(self, job: _LoadJob) -> None:
-        done = [o for o in job.outcomes if o is not None]
+        good_blocks, kinds = [], []
+        done = [o for outcomes in job.outcomes for o in outcomes if o is not None]
+        for outcomes in job.outcomes:
+            good, kind = 0, ""
+            for outcome in outcomes:
+                good += outcome.good_blocks if outcome else 0
+                kind = outcome.kind if outcome else "io_error"
+                if kind:
+                    break
+            good_blocks.append(good)
+            kinds.append(kind)
         self._reply(
             LoadDone(
-                job.message.job_id,
-                tuple(o.good_blocks for o in done),
-                tuple(o.kind for o in done),
+                job.job_id,
+                tuple(good_blocks),
+                tuple(kinds),
+                sum(not o.kind for o in done),
                 sum(o.read_bytes for o in done),
                 int((time.perf_counter() - job.started) * 1e6),
             )

@@ -108,14 +108,15 @@ def probe_modes(dir_fd: int, direct_io: str = "auto", size_bytes: int = 8 * MIB,
     writes: dict[str, float] = {}
     reads: dict[str, float] = {}
     refused: dict[str, str] = {}
-    with mmap.mmap(-1, size_bytes) as buffer:
-        for mode in candidates:
-            try:
-                writes[mode], reads[mode] = _time_mode(dir_fd, PosixTransport(mode), memoryview(buffer), rounds)
-            except (OSError, TransportError, ChunkError) as error:
-                if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                    raise TierFull(f"no room for a probe file: {error.strerror}") from error
-                refused[mode] = str(error.__cause__ or error)
+    # Freed with its last user: closing it here would fail, and hide the error, while a traceback still holds a view.
+    view = memoryview(mmap.mmap(-1, size_bytes))
+    for mode in candidates:
+        try:
+            writes[mode], reads[mode] = _time_mode(dir_fd, PosixTransport(mode), view, rounds)
+        except (OSError, TransportError, ChunkError) as error:
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise TierFull(f"no room for a probe file: {error.strerror}") from error
+            refused[mode] = str(error.__cause__ or error)
     if not writes:
         raise TierUnavailable(f"the tier directory takes no file I/O in mode(s) {candidates}: {refused}")
     best = min(writes, key=lambda mode: 1 / writes[mode] + 1 / reads[mode])
