@@ -159,7 +159,9 @@ def test_round_trip(count: int, block_bytes: int, data: st.DataObject) -> None:
     decoded = decode_header(encoded + b"what follows is not looked at")
     assert decoded == header
     check_header(decoded, NAMESPACE.digest, header.key.name, header.geometry, chain(count))
-    assert verify_blocks(decoded, holes, count, memoryview(payload)[holes * header.geometry.block_stride_bytes :]) is None
+    assert (
+        verify_blocks(decoded, holes, count, memoryview(payload)[holes * header.geometry.block_stride_bytes :]) is None
+    )
 
 
 @pytest.mark.parametrize(("count", "block_bytes"), [(4, MLA_BLOCK_BYTES), (1, STATE_BLOCK_BYTES), (256, 16_640)])

@@ -1,0 +1,322 @@
+"""The transport contract, once for every implementation, and what is special to POSIX."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import resource
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memkv_engines.errors import ChunkMissing, ChunkTruncated, TierFull, TierUnavailable, TransportError
+from memkv_engines.limits import ALIGN_BYTES, KIB, MAX_IOVECS_PER_CALL
+from memkv_engines.transports import posix
+from memkv_engines.transports.base import Transport
+from memkv_engines.transports.memory import MemoryTransport
+from memkv_engines.transports.posix import BUFFERED, DIRECT, DONTCACHE, PosixTransport, probe_modes
+from tests.fast.samples import aligned, noise
+
+PAGE = ALIGN_BYTES
+
+
+def blank(length: int) -> memoryview:
+    return aligned(b"\xee" * length)
+
+
+class TransportContract(ABC):
+    """What every transport does. Lengths and offsets are multiples of ``ALIGN_BYTES``, as tiers use them."""
+
+    @pytest.fixture
+    @abstractmethod
+    def transport(self) -> Transport[Any]:
+        """The transport."""
+
+    @pytest.fixture
+    @abstractmethod
+    def handle(self) -> Any:
+        """An empty open object."""
+
+    @abstractmethod
+    def contents(self, handle: Any) -> bytes:
+        """What lies in the object, read without the transport."""
+
+    @abstractmethod
+    def cut(self, handle: Any, length: int) -> None:
+        """Shorten the object behind the transport's back."""
+
+    def test_it_says_what_it_is(self, transport: Transport[Any]) -> None:
+        assert transport.name
+        assert ALIGN_BYTES % transport.align_bytes == 0
+
+    def test_what_was_written_is_read(self, transport: Transport[Any], handle: Any) -> None:
+        data = noise(5 * PAGE)
+        assert transport.write(handle, [aligned(data[:PAGE]), aligned(data[PAGE:])], 0) == len(data)
+        assert self.contents(handle) == data
+        views = [blank(3 * PAGE), blank(2 * PAGE)]
+        transport.read(handle, views, 0)
+        assert b"".join(views) == data
+
+    def test_any_run_can_be_read_and_written(self, transport: Transport[Any], handle: Any) -> None:
+        data = bytearray(noise(6 * PAGE))
+        transport.write(handle, [aligned(bytes(data))], 0)
+        data[2 * PAGE : 4 * PAGE] = noise(2 * PAGE, seed=1)
+        transport.write(handle, [aligned(bytes(data[2 * PAGE : 4 * PAGE]))], 2 * PAGE)
+        for first in range(6):
+            for stop in range(first + 1, 7):
+                view = blank((stop - first) * PAGE)
+                transport.read(handle, [view], first * PAGE)
+                assert view == data[first * PAGE : stop * PAGE]
+
+    def test_writing_past_the_end_leaves_zeros(self, transport: Transport[Any], handle: Any) -> None:
+        transport.write(handle, [aligned(noise(PAGE))], 2 * PAGE)
+        assert self.contents(handle) == bytes(2 * PAGE) + noise(PAGE)
+
+    def test_nothing_is_written_and_read(self, transport: Transport[Any], handle: Any) -> None:
+        assert transport.write(handle, [], 0) == 0
+        transport.read(handle, [], 0)
+        assert self.contents(handle) == b""
+
+    def test_more_pieces_than_one_call_takes(self, transport: Transport[Any], handle: Any) -> None:
+        pieces = 2 * MAX_IOVECS_PER_CALL + 3
+        unit = 512
+        data = noise(pieces * unit)
+        source, target = aligned(data), blank(pieces * unit)
+        cuts = [slice(i * unit, (i + 1) * unit) for i in range(pieces)]
+        try:
+            assert transport.write(handle, [source[cut] for cut in cuts], 0) == len(data)
+        except TransportError as error:
+            pytest.skip(f"the file system wants larger pieces: {error}")
+        transport.read(handle, [target[cut] for cut in cuts], 0)
+        assert target == data == self.contents(handle)
+
+    @pytest.mark.parametrize("length", [0, 1, 511, 512, PAGE - 1, PAGE, 2 * PAGE - 1])
+    def test_a_short_object_is_truncated(self, transport: Transport[Any], handle: Any, length: int) -> None:
+        transport.write(handle, [aligned(noise(2 * PAGE))], 0)
+        self.cut(handle, length)
+        with pytest.raises(ChunkTruncated):
+            transport.read(handle, [blank(PAGE), blank(PAGE)], 0)
+        with pytest.raises(ChunkTruncated):
+            transport.read(handle, [blank(PAGE)], PAGE)
+
+    def test_reading_behind_the_end_is_truncated(self, transport: Transport[Any], handle: Any) -> None:
+        transport.write(handle, [aligned(noise(PAGE))], 0)
+        with pytest.raises(ChunkTruncated):
+            transport.read(handle, [blank(PAGE)], 64 * PAGE)
+
+    def test_threads_share_a_transport(self, transport: Transport[Any], handle: Any) -> None:
+        data = noise(16 * PAGE)
+        transport.write(handle, [aligned(data)], 0)
+
+        def read(index: int) -> bool:
+            view = blank(PAGE)
+            transport.read(handle, [view], index % 16 * PAGE)
+            return view == data[index % 16 * PAGE :][:PAGE]
+
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(read, range(64)))
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_it_equals_the_reference(self, transport: Transport[Any], handle: Any, seed: int) -> None:
+        choose = random.Random(seed)
+        writes = [(choose.randrange(9), choose.randrange(1, 5)) for _ in range(6)]
+        reference, expected = MemoryTransport(), bytearray()
+        for number, (offset, pages) in enumerate(writes):
+            view = aligned(noise(pages * PAGE, number))
+            assert transport.write(handle, [view], offset * PAGE) == reference.write(expected, [view], offset * PAGE)
+        assert self.contents(handle) == bytes(expected)
+
+
+class TestMemory(TransportContract):
+    @pytest.fixture
+    def transport(self) -> MemoryTransport:
+        return MemoryTransport()
+
+    @pytest.fixture
+    def handle(self) -> bytearray:
+        return bytearray()
+
+    def contents(self, handle: bytearray) -> bytes:
+        return bytes(handle)
+
+    def cut(self, handle: bytearray, length: int) -> None:
+        del handle[length:]
+
+
+class PosixContract(TransportContract):
+    mode: str
+
+    @pytest.fixture
+    def transport(self, handle: int) -> PosixTransport:
+        transport = PosixTransport(self.mode)
+        try:
+            transport.write(handle, [aligned(bytes(PAGE))], 0)
+        except TransportError as error:
+            pytest.skip(f"refused by this file system: {error}")
+        os.ftruncate(handle, 0)
+        return transport
+
+    @pytest.fixture
+    def handle(self, tmp_path: Path) -> Iterator[int]:
+        try:
+            fd = os.open(tmp_path / "object", os.O_RDWR | os.O_CREAT | PosixTransport(self.mode).open_flags)
+        except OSError as error:
+            pytest.skip(f"refused by this file system: {error}")
+        yield fd
+        os.close(fd)
+
+    def contents(self, handle: int) -> bytes:
+        return Path(os.readlink(f"/proc/self/fd/{handle}")).read_bytes()
+
+    def cut(self, handle: int, length: int) -> None:
+        os.ftruncate(handle, length)
+
+    def test_a_full_device_is_a_full_tier(
+        self, transport: PosixTransport, handle: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _fail(monkeypatch, "pwritev", code)
+            with pytest.raises(TierFull):
+                transport.write(handle, [aligned(bytes(PAGE))], 0)
+
+    def test_the_limit_on_file_sizes_is_a_full_tier(self, transport: PosixTransport, handle: int) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * KIB, hard))
+        try:
+            with pytest.raises(TierFull):
+                transport.write(handle, [blank(128 * KIB)], 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def test_other_errors_keep_their_words(
+        self, transport: PosixTransport, handle: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _fail(monkeypatch, "pwritev", errno.EIO)
+        _fail(monkeypatch, "preadv", errno.EIO)
+        with pytest.raises(TransportError, match="Input/output error"):
+            transport.write(handle, [aligned(bytes(PAGE))], 0)
+        with pytest.raises(TransportError, match="Input/output error"):
+            transport.read(handle, [blank(PAGE)], 0)
+        _fail(monkeypatch, "preadv", errno.ESTALE)
+        with pytest.raises(ChunkMissing):
+            transport.read(handle, [blank(PAGE)], 0)
+
+
+def _fail(monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(posix.os, call, fail)
+
+
+class TestDirect(PosixContract):
+    mode = DIRECT
+
+    def test_it_is_called_direct_and_wants_alignment(self, transport: PosixTransport, handle: int) -> None:
+        assert (transport.name, transport.align_bytes) == ("posix/direct", ALIGN_BYTES)
+        with pytest.raises(TransportError, match="Invalid argument"):
+            transport.write(handle, [aligned(bytes(PAGE))[:100]], 0)
+
+
+class TestDontcache(PosixContract):
+    mode = DONTCACHE
+
+
+class TestBuffered(PosixContract):
+    mode = BUFFERED
+
+    def test_any_length_goes(self, transport: PosixTransport, handle: int) -> None:
+        assert transport.align_bytes == 1
+        transport.write(handle, [memoryview(b"abc"), memoryview(b"defgh")], 1)
+        assert self.contents(handle) == b"\0abcdefgh"
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="fast"):
+        PosixTransport("fast")
+
+
+# ------------------------------------------------------------------------------------------------ choosing the mode
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+def timings(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float | Exception]) -> None:
+    def time_mode(_: int, transport: PosixTransport, *__: object) -> tuple[float, float]:
+        speed = speeds[transport.mode]
+        if isinstance(speed, Exception):
+            raise speed
+        return speed, speed
+
+    monkeypatch.setattr(posix, "_time_mode", time_mode)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "mode"),
+    [
+        ({DIRECT: 2.0, DONTCACHE: 1.0, BUFFERED: 1.0}, DIRECT),
+        ({DIRECT: 0.95, DONTCACHE: 1.0, BUFFERED: 1.0}, DIRECT),
+        ({DIRECT: 0.5, DONTCACHE: 0.9, BUFFERED: 1.0}, BUFFERED),
+        ({DIRECT: OSError(errno.EINVAL, "no"), DONTCACHE: 2.0, BUFFERED: 1.0}, DONTCACHE),
+        ({DIRECT: TransportError("no"), DONTCACHE: ChunkTruncated("no"), BUFFERED: 1.0}, BUFFERED),
+    ],
+)
+def test_auto_takes_the_fastest_and_direct_when_it_is_near(
+    folder: int, monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float | Exception], mode: str
+) -> None:
+    timings(monkeypatch, speeds)
+    report = probe_modes(folder)
+    assert report.mode == mode
+    assert mode in report.reason
+    for refused in (m for m, speed in speeds.items() if isinstance(speed, Exception)):
+        assert refused in report.reason
+        assert refused not in report.write_gb_per_s
+
+
+def test_on_means_direct_or_nothing(folder: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings(monkeypatch, {DIRECT: OSError(errno.EINVAL, "Invalid argument"), DONTCACHE: 1.0, BUFFERED: 1.0})
+    with pytest.raises(TierUnavailable, match="Invalid argument"):
+        probe_modes(folder, "on")
+    assert probe_modes(folder, "off").mode != DIRECT
+
+
+def test_a_full_device_is_reported_as_full(folder: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings(monkeypatch, dict.fromkeys((DIRECT, DONTCACHE, BUFFERED), OSError(errno.ENOSPC, "full")))
+    with pytest.raises(TierFull):
+        probe_modes(folder)
+
+
+@pytest.mark.parametrize("direct_io", ["auto", "off"])
+def test_a_real_probe_leaves_nothing_behind(folder: int, tmp_path: Path, direct_io: str) -> None:
+    report = probe_modes(folder, direct_io, size_bytes=64 * KIB, rounds=1)
+    assert report.mode in report.write_gb_per_s
+    assert report.mode in report.read_gb_per_s
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_probes_at_the_same_time_do_not_meet(folder: int) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        probes = [threads.submit(probe_modes, folder, "off", 64 * KIB, 2) for _ in range(12)]
+    assert not [p.result().reason for p in probes if "File exists" in p.result().reason]
+
+
+def test_a_probe_left_by_a_dead_process_is_no_obstacle(folder: int, tmp_path: Path) -> None:
+    for mode in (DIRECT, DONTCACHE, BUFFERED):
+        (tmp_path / f".tmp-probe-{os.getpid()}-{mode}").touch()
+    assert "File exists" not in probe_modes(folder, "off", 64 * KIB, 1).reason
+
+
+def test_buffers_of_the_samples_are_aligned() -> None:
+    assert mmap.PAGESIZE % PAGE == 0
+    assert aligned(b"abc") == b"abc"
