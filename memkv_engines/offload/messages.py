@@ -95,7 +95,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
-    """Walk the chain of one group from block ``start`` on. ``hashes`` are the prompt's, joined, from block 0.
+    """Walk the chain of one group from block ``start`` on. ``hashes`` are the prompt's from there on, joined.
 
     Every shard in ``shards`` must hold what is reported. Blocks before ``need_from`` may be holes (sliding windows).
     """

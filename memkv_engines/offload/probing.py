@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import mmap
 
+import msgspec
+
 from memkv_engines.chunk.codec import Geometry, decode_header
 from memkv_engines.errors import ChunkError, IoServiceError, MemKVError
 from memkv_engines.keys import ChunkName, Shard, namespace_folder
@@ -34,8 +36,10 @@ class ChainWalk:
         self._group = probe.group
         self._hashes = split_hashes(probe.hashes)
         self._full = probe.blocks_per_chunk
-        self._position = probe.start
-        self._need_from = probe.need_from
+        # Positions below are relative to the first hash that came along.
+        self._start = probe.start
+        self._position = 0
+        self._need_from = probe.need_from - probe.start
         self._shards = [Shard(*s).text for s in probe.shards]
         if self._full < 1 or not self._shards or probe.start < 0:
             raise IoServiceError("malformed probe")
@@ -53,7 +57,7 @@ class ChainWalk:
                 segment = self._best_variant()
             if segment is None:
                 break
-            segments.append(segment)
+            segments.append(msgspec.structs.replace(segment, position=segment.position + self._start))
             self._position += segment.take
             if segment.take < segment.block_count:
                 break  # The prompt ends or diverges inside this chunk.

@@ -1,0 +1,1 @@
+"""The vLLM door: ``MemKVConnector``, an out-of-tree KV connector."""

@@ -1,0 +1,135 @@
+"""Everything that depends on vLLM's version. Run with 0.32; 0.33 checked against its sources, not run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import vllm
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
+
+from memkv_engines.errors import IdentityError, LayoutError
+
+TESTED_VERSIONS = ("0.32",)
+READ_VERSIONS = ("0.33",)
+_FIRST_FIXED_NONE_HASH = (0, 29)
+_SAFE_HASHES = ("sha256", "sha256_cbor")
+
+
+def engine_version() -> tuple[int, int]:
+    """Major and minor version of the running vLLM."""
+    parts = vllm.__version__.split("+")[0].split(".")
+    try:
+        return int(parts[0]), int(parts[1])
+    except (IndexError, ValueError) as error:
+        raise IdentityError(f"cannot read vLLM's version {vllm.__version__!r}") from error
+
+
+def version_note() -> str:
+    """Empty for a tested version, else what to expect."""
+    text = "{}.{}".format(*engine_version())
+    if text in TESTED_VERSIONS:
+        return ""
+    if text in READ_VERSIONS:
+        return f"vLLM {text}: checked against its sources, not run"
+    return f"vLLM {text} is untested with this connector (tested: {', '.join(TESTED_VERSIONS)})"
+
+
+def hash_identity(vllm_config: Any) -> dict[str, str | int | None]:
+    """Identity of the engine's block hashes, for the namespace.
+
+    Raises:
+        IdentityError: hashes differ between processes or are not collision-resistant; nothing may be persisted.
+    """
+    algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    if algorithm not in _SAFE_HASHES:
+        raise IdentityError(
+            f"prefix_caching_hash_algo={algorithm!r} is not collision-resistant: a persistent cache could return another "
+            "prompt's KV. Use --prefix-caching-hash-algo sha256_cbor (recommended) or sha256"
+        )
+    seed = os.environ.get("PYTHONHASHSEED")
+    if seed is None and engine_version() < _FIRST_FIXED_NONE_HASH:
+        raise IdentityError(
+            f"vLLM {vllm.__version__} seeds its block hashes at random: set PYTHONHASHSEED to the same value "
+            "in every process that shares the tier"
+        )
+    identity: dict[str, str | int | None] = {
+        "hash_algorithm": algorithm,
+        "hash_seed": seed,
+        # The format of what is hashed changed in 0.31 and may change with any minor version.
+        "hash_format": "vllm-{}.{}".format(*engine_version()),
+    }
+    if algorithm == "sha256":
+        # It hashes pickles, whose bytes depend on the interpreter.
+        identity["python_minor"] = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return identity
+
+
+def window_tokens(spec: KVCacheSpec, layers: str) -> int:
+    """Sliding window of a KV group in tokens, 0 for full attention.
+
+    Raises:
+        LayoutError: a kind of KV group we do not move.
+    """
+    if isinstance(spec, SlidingWindowSpec):
+        return int(spec.sliding_window)
+    if isinstance(spec, FullAttentionSpec):
+        return 0
+    raise LayoutError(
+        f"KV group {layers} is of kind {type(spec).__name__}, which MemKVConnector does not support yet "
+        "(supported: full attention, MLA, sliding window). Start without --kv-transfer-config"
+    )
+
+
+def is_mla(spec: KVCacheSpec) -> bool:
+    """Whether every rank holds the same latent, which is stored once."""
+    return isinstance(spec, MLAAttentionSpec)
+
+
+def worker_model(depth: int = 1) -> Any | None:
+    """The model of the worker that called the connector's handshake hook.
+
+    vLLM hands connectors no model. The hook is called by the worker's method of the same name, so the worker is the
+    nearest ``self`` up the stack that has ``get_model``.
+    """
+    frame = sys._getframe(depth)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if owner is not None and callable(getattr(owner, "get_model", None)):
+            return owner.get_model()
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def attention_identity(vllm_config: Any, layer_names: list[str]) -> dict[str, str]:
+    """Backend and instruction set that decide how a block's interior is packed, for one KV group."""
+    context = vllm_config.compilation_config.static_forward_context
+    found: dict[str, str] = {}
+    for name in layer_names:
+        layer = context.get(name)
+        backend = getattr(layer, "attn_backend", None)
+        if backend is not None:
+            found["backend"] = backend.get_name()
+            implementation = getattr(layer, "impl", None)
+            isa = getattr(implementation, "isa", None) or getattr(layer, "isa", None)
+            found["isa"] = str(isa or _cpu_isa(vllm_config))
+            break
+    return found
+
+
+def _cpu_isa(vllm_config: Any) -> str:
+    if vllm_config.device_config.device_type != "cpu":
+        return ""
+    from vllm.v1.attention.backends import cpu_attn
+
+    try:
+        return str(
+            cpu_attn._get_attn_isa(
+                vllm_config.model_config.dtype,
+                vllm_config.cache_config.block_size,
+                vllm_config.model_config.get_head_size(),
+            )
+        )
+    except Exception as error:  # private function: any change of it must stop us, with a reason
+        raise IdentityError(f"cannot tell which instruction set packs the CPU KV cache: {error}") from error

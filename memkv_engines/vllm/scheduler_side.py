@@ -1,0 +1,431 @@
+"""Scheduler side of the connector: look-ups, load plans, store plans. Nothing here blocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from memkv_engines.config import Config
+from memkv_engines.keys import Namespace, Shard
+from memkv_engines.log import get_logger
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.boundary import guarded
+from memkv_engines.offload.client import IoClient
+from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup, Run
+from memkv_engines.offload.messages import LoadRun, Manifest, ProbeDone, Setup
+from memkv_engines.offload.planning import StorePlanner
+from memkv_engines.vllm import compat
+from memkv_engines.vllm.identity import build_namespace
+from memkv_engines.vllm.lora import AdapterNamespaces
+from memkv_engines.vllm.metadata import Handshake, StepMetadata, WorkerReport
+
+log = get_logger(__name__)
+
+
+@dataclass
+class _Tracked:
+    """What is remembered of a request from its arrival to its end."""
+
+    request: Any
+    group_hashes: list[Sequence[bytes]] = field(default_factory=list)
+    hit: Hit | None = None
+    computed_tokens: int = 0
+    # A load failed once: no further external hits, or a bad chunk could be tried for ever.
+    barred: bool = False
+
+
+@dataclass(frozen=True)
+class _LoadPlan:
+    """Which chunks a load job reads, to name the bad one when it fails."""
+
+    request_id: str
+    runs: tuple[tuple[int, Run, int, tuple[bytes, ...]], ...]
+    """Per run sent: group, the run, its first block taken, hashes from the run's position on."""
+
+
+class SchedulerSide:
+    """Lives in the scheduler's process.
+
+    Args:
+        vllm_config: the engine's configuration.
+        kv_cache_config: groups and sizes.
+        config: ours.
+        role_stores: the engine's ``kv_role`` lets it store.
+        role_loads: the engine's ``kv_role`` lets it load.
+    """
+
+    def __init__(
+        self, vllm_config: Any, kv_cache_config: Any, config: Config, *, role_stores: bool, role_loads: bool
+    ) -> None:
+        self._vllm_config, self._kv_cache_config, self._config = vllm_config, kv_cache_config, config
+        self._stores = role_stores and config.policy.store
+        self._loads = role_loads and config.policy.load
+        self.counters = Counters()
+        self._set_failure_policy()
+        compat.hash_identity(vllm_config)  # refuses unsafe hashes before anything is started
+        self._hash_tokens = kv_cache_config.hash_block_size or vllm_config.cache_config.block_size
+        self._requests: dict[str, _Tracked] = {}
+        self._meta = StepMetadata()
+        self._load_plans: dict[int, _LoadPlan] = {}
+        self._next_load = 0
+        self._world_size = 1
+        self._namespace: Namespace | None = None
+        self._adapters: AdapterNamespaces | None = None
+        self._lookup: PrefixLookup | None = None
+        self._planner: StorePlanner | None = None
+        self._client = IoClient(
+            Setup(
+                config.tier.path,
+                config.tier.direct_io,
+                0,
+                read_only=not self._stores,
+                io_threads=1,
+                staging_bytes=0,
+            ),
+            io_process=config.io.io_process,
+            counters=self.counters,
+        )
+        self._client.start()
+
+    def _set_failure_policy(self) -> None:
+        transfer = self._vllm_config.kv_transfer_config
+        wanted = self._config.policy.on_load_failure
+        if transfer.kv_load_failure_policy != wanted:
+            # vLLM reads the policy after it has built the connector; its default kills the request.
+            log.info(
+                "kv_load_failure_policy set to %r (was %r); set on_load_failure to change this",
+                wanted,
+                transfer.kv_load_failure_policy,
+            )
+            transfer.kv_load_failure_policy = wanted
+
+    # --- start-up ------------------------------------------------------------
+
+    def take_handshakes(self, handshakes: list[Handshake]) -> None:
+        """Geometry and weights have come from the workers: from now on there can be hits.
+
+        Raises:
+            IdentityError: the identity of the bytes is unknown.
+        """
+        namespace = build_namespace(self._vllm_config, self._config, handshakes)
+        views = _group_views(handshakes)
+        self._world_size = len(handshakes)
+        lookup = self._config.lookup
+        align = self._kv_cache_config.cache_hit_alignment_tokens or max(v.block_tokens for v in views)
+        self._lookup = PrefixLookup(
+            views,
+            align_tokens=align,
+            index_entries=lookup.index_entries,
+            hit_ttl_s=lookup.hit_ttl_s,
+            miss_ttl_s=lookup.miss_ttl_s,
+            probe_timeout_s=lookup.probe_timeout_ms / 1000,
+            send=self._client.submit_probe,
+            counters=self.counters,
+        )
+        self._planner = StorePlanner(views, self._lookup)
+        self._views = views
+        self._groups = [v.group for v in views]
+        self._ratios = [v.block_tokens // self._hash_tokens for v in views]
+        self._adopt(namespace)
+        for view, fact in zip(views, handshakes[0].groups, strict=True):
+            chunk_bytes = view.blocks_per_chunk * fact.block_bytes
+            log.info(
+                "group %d: chunk = %d blocks of %d tokens = %.2f MiB per rank%s",
+                view.group,
+                view.blocks_per_chunk,
+                view.block_tokens,
+                chunk_bytes / 2**20,
+                f", sliding window of {view.window_tokens} tokens" if view.window_tokens else "",
+            )
+
+    def _adopt(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        self._adapters = AdapterNamespaces(namespace)
+        if self._stores:
+            self._client.submit_manifest(Manifest(json.dumps(dict(namespace.fields)).encode()))
+        log.info("namespace %s in %s via %s", namespace.folder, self._config.tier.path, self._client.ready.tier_name)
+
+    @property
+    def namespace(self) -> Namespace | None:
+        """The namespace in use, once the workers have reported."""
+        return self._namespace
+
+    # --- look-ups ------------------------------------------------------------
+
+    @guarded()
+    def on_new_request(self, request: Any) -> None:
+        """A request has arrived: start looking it up, so that the answer is there when it is scheduled."""
+        self._requests[request.request_id] = _Tracked(request)
+        if self._loads and self._lookup is not None:
+            self._ask(request, 0)
+
+    @guarded(default=lambda: (0, False))
+    def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """``get_num_new_matched_tokens``: how many tokens beyond ``computed_tokens`` are stored."""
+        tracked = self._tracked(request)
+        tracked.hit, tracked.computed_tokens = None, computed_tokens
+        if not self._loads or self._lookup is None or tracked.barred:
+            return 0, False
+        self._take_probes()
+        hit = self._ask(request, computed_tokens)
+        if hit is None:
+            return None, False
+        gained = hit.tokens - computed_tokens
+        if gained <= 0:
+            return 0, False
+        tracked.hit = hit
+        return gained, True
+
+    def _ask(self, request: Any, computed_tokens: int) -> Hit | None:
+        assert self._lookup is not None
+        tracked = self._tracked(request)
+        if tracked.barred:
+            return Hit(0, {})
+        namespace = self._namespace_of(request)
+        return self._lookup.ask(request.request_id, self._hashes(tracked), computed_tokens, namespace.digest)
+
+    def _namespace_of(self, request: Any) -> Namespace:
+        assert self._namespace is not None and self._adapters is not None
+        return self._adapters.of(request.lora_request)
+
+    def _take_probes(self) -> None:
+        assert self._lookup is not None
+        for result in self._client.poll():
+            if isinstance(result, ProbeDone):
+                self._lookup.take_probe(result)
+
+    def _tracked(self, request: Any) -> _Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            tracked = self._requests[request.request_id] = _Tracked(request)
+        return tracked
+
+    def _hashes(self, tracked: _Tracked) -> list[Sequence[bytes]]:
+        """Chain hashes per group at the group's block size; the engine's own list where sizes agree (no copy)."""
+        own = tracked.request.block_hashes
+        if all(ratio == 1 for ratio in self._ratios):
+            return [own] * len(self._ratios)
+        if not tracked.group_hashes:
+            tracked.group_hashes = [[] for _ in self._ratios]
+        for ratio, known in zip(self._ratios, tracked.group_hashes, strict=True):
+            assert isinstance(known, list)
+            known.extend(own[(len(known) + 1) * ratio - 1 :: ratio])
+        return tracked.group_hashes
+
+    # --- loads ---------------------------------------------------------------
+
+    @guarded()
+    def after_alloc(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
+        """``update_state_after_alloc``: pages for the external tokens exist; plan the load."""
+        if not external_tokens:
+            return
+        tracked = self._tracked(request)
+        hit = tracked.hit
+        assert hit is not None, "the engine loads what was never advertised"
+        tracked.hit = None
+        total = tracked.computed_tokens + external_tokens
+        self._next_load += 1
+        hashes = self._hashes(tracked)
+        namespace = self._namespace_of(request).digest
+        sent: list[LoadRun] = []
+        planned: list[tuple[int, Run, int, tuple[bytes, ...]]] = []
+        for view, own in zip(self._views, hashes, strict=True):
+            ids = block_ids[view.group]
+            low, high = tracked.computed_tokens // view.block_tokens, total // view.block_tokens
+            while low < high and not ids[low]:
+                low += 1  # outside the sliding window: no page, nothing to load
+            for run in _clip(hit.runs.get(view.group, ()), low, high):
+                first = max(low, run.position)
+                message = _load_run(namespace, view.group, run, first, own, ids)
+                sent.append(message)
+                planned.append((view.group, run, first, tuple(own[run.position : run.position + run.take])))
+        self._load_plans[self._next_load] = _LoadPlan(request.request_id, tuple(planned))
+        self._meta.loads.append((request.request_id, self._next_load, tuple(sent)))
+        self.counters.add("lookup_hit_tokens", external_tokens)
+
+    def _take_failure(self, job_id: int, runs: tuple[tuple[int, str], ...]) -> None:
+        """A load failed: forget the bad chunk and bar the request from further external hits."""
+        plan = self._load_plans.pop(job_id, None)
+        if plan is None or self._lookup is None:
+            return
+        tracked = self._requests.get(plan.request_id)
+        if tracked is not None:
+            tracked.barred = True
+        for (group, run, first, hashes), (good, kind) in zip(plan.runs, runs, strict=True):
+            if not kind:
+                continue
+            log.warning("request %s: load failed (%s) after %d good blocks; recomputing", plan.request_id, kind, good)
+            chunk = (first + good - run.position) // run.block_count
+            start = chunk * run.block_count
+            last = run.last or hashes[min(start + run.block_count, len(hashes)) - 1]
+            self._lookup.forget_chunk(group, hashes[start], last, run.block_count)
+
+    # --- stores --------------------------------------------------------------
+
+    @guarded(default=StepMetadata)
+    def build_meta(self, scheduler_output: Any) -> StepMetadata:
+        """``build_connector_meta``: what the workers are to do in this step."""
+        meta, self._meta = self._meta, StepMetadata()
+        if self._lookup is None:
+            return meta
+        self._take_probes()
+        self._lookup.index.sweep()
+        if self._stores:
+            self._plan_stores(scheduler_output, meta)
+        return meta
+
+    def _plan_stores(self, scheduler_output: Any, meta: StepMetadata) -> None:
+        assert self._planner is not None
+        tables = scheduler_output.kv_connector_block_state
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            tracked = self._requests.get(request_id)
+            if tracked is None or tables is None:
+                continue
+            # Before the step; draft tokens of a speculative step have no hash yet and so are never stored.
+            computed = tracked.request.num_computed_tokens + scheduled
+            if not self._planner.may_plan(request_id, computed):
+                continue
+            ids = tables.get_block_ids(request_id)
+            if ids is None:
+                continue
+            plan = self._planner.plan_step(
+                request_id,
+                self._hashes(tracked),
+                [ids[g] for g in self._groups],
+                computed,
+                self._namespace_of(tracked.request).digest,
+            )
+            if plan is not None:
+                meta.stores.append(plan)
+
+    @guarded(default=lambda: (False, None))
+    def request_finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> tuple[bool, None]:
+        """A request has ended: its tail is gathered at the start of the next step, before its pages are reused."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is None or self._lookup is None or self._planner is None:
+            return False, None
+        self._lookup.forget_request(request.request_id)
+        if not self._stores:
+            self._planner.forget_request(request.request_id)
+            return False, None
+        # An aborted load leaves pages behind whose content nobody vouches for.
+        valid = 0 if _is_loading(request, self._load_plans) else request.num_computed_tokens
+        plan = self._planner.plan_tail(
+            request.request_id,
+            self._hashes(tracked),
+            [block_ids[g] for g in self._groups],
+            valid,
+            self._namespace_of(request).digest,
+        )
+        if plan is not None:
+            self._meta.tails.append(plan)
+        return False, None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine must step once more for us: tails wait to be handed to the workers."""
+        return bool(self._meta.tails)
+
+    # --- results -------------------------------------------------------------
+
+    @guarded()
+    def take_output(self, output: Any) -> None:
+        """``update_connector_output``: what the workers report."""
+        report = output.kv_connector_worker_meta
+        for request_id in output.finished_recving or ():
+            for job_id in [j for j, p in self._load_plans.items() if p.request_id == request_id]:
+                if not isinstance(report, WorkerReport) or job_id not in report.failed:
+                    del self._load_plans[job_id]
+        if not isinstance(report, WorkerReport) or self._planner is None:
+            return
+        for job_id, (ranks, outcomes) in report.stored.items():
+            self._planner.take_rank_results(job_id, ranks, self._world_size, outcomes)
+        for job_id, runs in report.failed.items():
+            self._take_failure(job_id, runs)
+
+    @guarded(default=lambda: False)
+    def reset_cache(self) -> bool:
+        """Ignore everything stored so far: go on in a private namespace. Shared deletion is ``tier evict``'s."""
+        if self._namespace is None or self._lookup is None or self._planner is None:
+            return True
+        self._lookup.clear()
+        self._planner.clear()
+        fields = {k: v for k, v in self._namespace.fields.items() if k != "reset"}
+        self._adopt(Namespace({**fields, "reset": f"{time.time_ns()}-{os.urandom(8).hex()}"}))
+        return True
+
+    def shutdown(self) -> None:
+        """End the prober."""
+        self._client.close()
+
+
+def _is_loading(request: Any, plans: dict[int, _LoadPlan]) -> bool:
+    return any(p.request_id == request.request_id for p in plans.values())
+
+
+def _group_views(handshakes: list[Handshake]) -> list[GroupView]:
+    """Groups as the scheduler sees them: all shards, and a chunk length every rank has staging for."""
+    views = []
+    for facts in zip(*(h.groups for h in handshakes), strict=True):
+        views.append(
+            GroupView(
+                facts[0].group,
+                facts[0].block_tokens,
+                min(f.blocks_per_chunk for f in facts),
+                tuple(sorted({Shard(*f.shard) for f in facts})),
+                facts[0].window_tokens,
+            )
+        )
+    return views
+
+
+def _clip(runs: Sequence[Run], low: int, high: int) -> list[Run]:
+    """Cut runs to the blocks [low, high); a run that ends inside a chunk is split before it."""
+    clipped: list[Run] = []
+    for run in runs:
+        start, stop = max(low, run.position), min(high, run.position + run.take)
+        if start >= stop:
+            continue
+        n = run.block_count
+        if run.chunk_count == 1:
+            take = stop - run.position
+            clipped.append(Run(run.position, n, 1, run.holes, run.last, take))
+            continue
+        first = (start - run.position) // n
+        full = (stop - run.position) // n
+        position = run.position + first * n
+        if full > first:
+            holes = run.holes if first == 0 else 0
+            clipped.append(Run(position, n, full - first, holes, b"", (full - first) * n))
+        rest = stop - run.position - full * n
+        if rest:
+            holes = run.holes if full == 0 else 0
+            clipped.append(Run(run.position + full * n, n, 1, holes, b"", rest))
+    return clipped
+
+
+def _load_run(
+    namespace: bytes, group: int, run: Run, first: int, hashes: Sequence[bytes], block_ids: Sequence[int]
+) -> LoadRun:
+    """The message for one clipped run; ``first`` is its first block that is wanted."""
+    stop = run.position + run.take
+    last = run.last
+    if not last and run.take < run.block_count * run.chunk_count:
+        last = hashes[run.position + run.block_count - 1][:16]  # a full chunk of which only the front is wanted
+    return LoadRun(
+        namespace,
+        group,
+        run.block_count,
+        run.chunk_count,
+        run.holes,
+        last,
+        first - run.position,
+        b"".join(hashes[run.position : stop]),
+        np.array(block_ids[first:stop], dtype="<i4").tobytes(),
+    )

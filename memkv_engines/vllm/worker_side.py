@@ -1,0 +1,187 @@
+"""Worker side of the connector: hands jobs to the I/O service and reports what came of them.
+
+Order within a step: the fence (every earlier gather is done), tails (gathered before anything else may touch their
+freed pages), the forward, loads, stores. Loads run between steps; stores are gathered until the next step's fence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from memkv_engines.config import Config
+from memkv_engines.log import get_logger
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.boundary import guarded
+from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.messages import LoadRun, Setup, StoreChunk
+from memkv_engines.vllm import compat, geometry
+from memkv_engines.vllm.fingerprint import parameter_sums
+from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
+
+log = get_logger(__name__)
+
+
+class WorkerSide:
+    """Lives in a worker's process, on its main thread.
+
+    Args:
+        vllm_config: the engine's configuration.
+        kv_cache_config: groups and sizes.
+        config: ours.
+        stores: this engine stores.
+    """
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: Config, *, stores: bool) -> None:
+        self._vllm_config, self._kv_cache_config, self._config = vllm_config, kv_cache_config, config
+        self._stores = stores
+        self.counters = Counters()
+        self._client: IoClient | None = None
+        self._facts: list[GroupFacts] = []
+        self._writers: frozenset[int] = frozenset()
+        self._loading: dict[int, tuple[str, tuple[LoadRun, ...]]] = {}
+        self._skipped: dict[int, tuple[str, ...]] = {}
+        self._report = WorkerReport()
+        self._bad_blocks: set[int] = set()
+        self._finished: set[str] = set()
+        self._failed: set[str] = set()
+        geometry.reject_unsupported(vllm_config)
+
+    # --- start-up ------------------------------------------------------------
+
+    def register(self, kv_caches: dict[str, Any]) -> None:
+        """``register_kv_caches``: plan the layouts and start the I/O service.
+
+        Raises:
+            LayoutError: a KV cache we cannot move.
+            ConfigError: the tier cannot be used.
+        """
+        config = self._config
+        self._facts, specs = geometry.describe_groups(
+            self._vllm_config, self._kv_cache_config, kv_caches, config.chunk.chunk_target_bytes
+        )
+        self._writers = frozenset(f.group for f in self._facts if f.writes)
+        # The pages must outlive the service: keep the tensors.
+        self._kv_caches = kv_caches
+        self._client = IoClient(
+            Setup(
+                config.tier.path,
+                config.tier.direct_io,
+                config.tier.capacity_bytes,
+                read_only=not self._stores,
+                io_threads=config.io.io_threads,
+                staging_bytes=config.io.staging_bytes,
+                groups=tuple(specs),
+            ),
+            io_process=config.io.io_process,
+            load_timeout_ms=config.io.load_timeout_ms,
+            fence_timeout_ms=config.io.fence_timeout_ms,
+            counters=self.counters,
+        )
+        self._client.start()
+        log.info(
+            "I/O service: %s, %s (%s)", self._client.mode, self._client.ready.tier_name, self._client.ready.mode_reason
+        )
+
+    def handshake(self) -> Handshake:
+        """Geometry and weights for the scheduler. Reads every weight once."""
+        weights = None
+        if not self._config.identity.weights_id:
+            model = compat.worker_model(depth=2)
+            weights = parameter_sums(model) if model is not None else None
+        return Handshake(self._facts, weights)
+
+    # --- a step --------------------------------------------------------------
+
+    @guarded()
+    def before_forward(self, meta: StepMetadata) -> None:
+        """``handle_preemptions``: from here on pages may be overwritten, so earlier gathers must be done."""
+        client = self._require_client()
+        client.fence()
+        if meta.tails:
+            for job_id, chunks in meta.tails:
+                self._store(job_id, chunks)
+            client.fence()
+
+    @guarded()
+    def start_loads(self, meta: StepMetadata) -> None:
+        """``start_load_kv``: hand over this step's loads."""
+        for request_id, job_id, runs in meta.loads:
+            self._loading[job_id] = (request_id, runs)
+            self._require_client().submit_load(job_id, runs)
+
+    @guarded()
+    def start_stores(self, meta: StepMetadata) -> None:
+        """``wait_for_save``: the forward has written its KV; gather it."""
+        for job_id, chunks in meta.stores:
+            self._store(job_id, chunks)
+
+    def _store(self, job_id: int, chunks: tuple[StoreChunk, ...]) -> None:
+        mine = tuple(c for c in chunks if c.group in self._writers)
+        if len(mine) != len(chunks):
+            # Another rank holds the same bytes and writes them; ours count as present.
+            self._skipped[job_id] = tuple("" if c.group in self._writers else "present" for c in chunks)
+        if mine:
+            self._require_client().submit_store(job_id, mine)
+        else:
+            self._report.stored[job_id] = (1, self._skipped.pop(job_id))
+
+    # --- results -------------------------------------------------------------
+
+    @guarded()
+    def poll(self) -> None:
+        """Take in what the service has finished."""
+        for result in self._require_client().poll():
+            if isinstance(result, LoadResult):
+                self._take_load(result)
+            elif isinstance(result, StoreResult):
+                self._take_store(result)
+
+    def _take_load(self, result: LoadResult) -> None:
+        request_id, runs = self._loading.pop(result.job_id)
+        self._finished.add(request_id)
+        if not any(result.kinds):
+            return
+        self._report.failed[result.job_id] = tuple(zip(result.good_blocks, result.kinds, strict=True))
+        self._failed.add(request_id)
+        bad_from_here = False
+        for run, good, kind in zip(runs, result.good_blocks, result.kinds, strict=True):
+            ids = np.frombuffer(run.block_ids, dtype="<i4").tolist()
+            self._bad_blocks.update(ids if bad_from_here else ids[good:] if kind else ())
+            bad_from_here |= bool(kind)
+
+    def _take_store(self, result: StoreResult) -> None:
+        outcomes = result.outcomes
+        pattern = self._skipped.pop(result.job_id, None)
+        if pattern is not None:
+            mine = iter(outcomes)
+            outcomes = tuple(p or next(mine) for p in pattern)
+        self._report.stored[result.job_id] = (1, outcomes)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose loads have ended, and those of them that failed with several KV groups."""
+        finished, self._finished = self._finished, set()
+        failed, self._failed = self._failed, set()
+        return finished, failed if len(self._kv_cache_config.kv_cache_groups) > 1 else set()
+
+    def take_bad_blocks(self) -> set[int]:
+        """Pages whose load failed; only meaningful (and only reported) with a single KV group."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad if len(self._kv_cache_config.kv_cache_groups) == 1 else set()
+
+    def take_report(self) -> WorkerReport | None:
+        """What the scheduler side should learn."""
+        if not self._report.stored and not self._report.failed:
+            return None
+        report, self._report = self._report, WorkerReport()
+        return report
+
+    def shutdown(self) -> None:
+        """Let gathered stores finish, then end the service."""
+        if self._client is not None:
+            self._client.close()
+
+    def _require_client(self) -> IoClient:
+        assert self._client is not None, "register_kv_caches comes first"
+        return self._client
