@@ -91,7 +91,7 @@ class Tier(ABC):
 
     @abstractmethod
     def remove(self, folder: str, name: ChunkName) -> bool:
-        """Remove an object; False if there was none."""
+        """Remove an object; False if there was none, or if the tier is read-only."""
 
     @abstractmethod
     def names(self, folder: str) -> Iterator[ChunkName]:

@@ -182,7 +182,7 @@ class DirectoryTier(Tier):
 
     def remove(self, folder: str, name: ChunkName) -> bool:
         if self._read_only:
-            raise TierUnavailable("the tier is read-only")
+            return False
         size = self._stored_bytes(folder, name)
         try:
             self._within(folder, name.bucket, lambda fd: os.unlink(name.text, dir_fd=fd))

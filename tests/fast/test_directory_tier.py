@@ -8,7 +8,6 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,9 +132,9 @@ def test_a_read_only_tier_reads_and_never_writes(tier: DirectoryTier) -> None:
     assert get(reader, NAME) == DATA
     assert reader.scan() == len(DATA)
     reader.write_manifest(NAMESPACE)
-    for write in (lambda: put(reader, make_name(5), DATA), lambda: reader.remove(FOLDER, NAME)):
-        with pytest.raises(TierUnavailable, match="read-only"):
-            write()
+    with pytest.raises(TierUnavailable, match="read-only"):
+        put(reader, make_name(5), DATA)
+    assert reader.remove(FOLDER, NAME) is False
     assert files_in(tier.root) == before
     reader.close()
 
@@ -458,47 +457,3 @@ def test_a_really_full_disk(small_disk: Path, direct_io: str) -> None:
     full = DirectoryTier(small_disk / "kv", direct_io=direct_io)
     assert "full" in full.mode_report.reason or full.mode_report.write_gb_per_s
     full.close()
-
-
-# ------------------------------------------------------------------------------------------------ other processes
-
-_WRITER = """
-import sys
-from memkv_engines.tier.directory import DirectoryTier
-from tests.fast.samples import NAMESPACE, aligned, make_name, noise
-
-tier = DirectoryTier(sys.argv[1], direct_io="off")
-print("ready", flush=True)
-sys.stdin.readline()
-for step in range(40):
-    name = make_name(4, str(step % 4))
-    tier.put(NAMESPACE.folder, name, [aligned(noise(64 * 4096, step % 4))], replace=step % 3 > 0)
-    with tier.open(NAMESPACE.folder, name) as reader:
-        view = aligned(bytes(64 * 4096))
-        reader.read([view], 0)
-        assert view == noise(64 * 4096, step % 4)
-print("done", flush=True)
-"""
-
-
-def test_processes_put_the_same_chunks_at_once(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(tmp_path / "kv")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=root,
-        )
-        for _ in range(2)
-    ]
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-    results = [writer.communicate("go\n", timeout=60)[0] for writer in writers]
-    assert results == ["done\n", "done\n"]
-    tier = DirectoryTier(tmp_path / "kv", direct_io="off")
-    assert {get(tier, make_name(4, str(i))) == noise(64 * PAGE, i) for i in range(4)} == {True}
-    assert len(files_in(tmp_path)) == 4
-    tier.close()
