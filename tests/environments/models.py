@@ -46,11 +46,15 @@ TINY_COMMON = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+TINY_LLAMA_LAYERS = 4
 LORA_RANK = 8
 LORA_TARGETS = ("q_proj", "v_proj")
 
-# Transformers' default initialisation gives nearly uniform logits, where rounding decides the greedy token.
-WEIGHT_SCALE = 2.5
+# With their default initialisation random models fall into one repeated token, whatever the prompt. Under these factors
+# every part of a prompt decides the greedy tokens, so that wrong KV anywhere shows, with margins far above rounding.
+LLAMA_WEIGHT_FACTORS = {"embed_tokens": 50, "q_proj": 6, "k_proj": 6, "v_proj": 4, "o_proj": 4, "mlp": 2, "lm_head": 3}
+# Gemma normalises queries and keys: there `query_pre_attn_scalar` sharpens attention. It scales embeddings itself.
+GEMMA_WEIGHT_FACTORS = {"proj": 4, "lm_head": 3}
 
 
 def download_wheel(requirement: str, folder: str) -> None:
@@ -108,8 +112,15 @@ def byte_tokenizer() -> Any:
     )
 
 
-def save_random_model(config: Any, seed: int, out_dir: Path) -> None:
-    """Writes a model of this configuration with random weights, and the byte tokenizer."""
+def save_random_model(config: Any, factors: dict[str, int], seed: int, out_dir: Path) -> None:
+    """Writes a model with random weights, and the byte tokenizer.
+
+    Args:
+        config: The model's configuration.
+        factors: What to multiply the initial weights by, by part of their name.
+        seed: Decides the weights.
+        out_dir: The model's folder.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -117,8 +128,9 @@ def save_random_model(config: Any, seed: int, out_dir: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "embed" not in name:
-                parameter.mul_(WEIGHT_SCALE)
+            for part, factor in factors.items():
+                if part in name and parameter.dim() >= 2:
+                    parameter.mul_(factor)
     model.to(torch.bfloat16).save_pretrained(out_dir)
     byte_tokenizer().save_pretrained(out_dir)
 
@@ -127,7 +139,8 @@ def build_tiny_llama(out_dir: Path, seed: int = 1234) -> None:
     """Writes a four-layer Llama."""
     from transformers import LlamaConfig
 
-    save_random_model(LlamaConfig(**TINY_COMMON, num_hidden_layers=4), seed, out_dir)
+    config = LlamaConfig(**TINY_COMMON, num_hidden_layers=TINY_LLAMA_LAYERS)
+    save_random_model(config, LLAMA_WEIGHT_FACTORS, seed, out_dir)
 
 
 def build_tiny_llama_b(out_dir: Path) -> None:
@@ -142,11 +155,11 @@ def build_tiny_gemma3(out_dir: Path) -> None:
     config = Gemma3TextConfig(
         **TINY_COMMON,
         num_hidden_layers=6,
-        query_pre_attn_scalar=64,
+        query_pre_attn_scalar=2,
         sliding_window=512,
         layer_types=["sliding_attention"] * 5 + ["full_attention"],
     )
-    save_random_model(config, 1234, out_dir)
+    save_random_model(config, GEMMA_WEIGHT_FACTORS, 1234, out_dir)
 
 
 def build_lora(out_dir: Path, seed: int) -> None:
@@ -161,7 +174,7 @@ def build_lora(out_dir: Path, seed: int) -> None:
         "v_proj": int(TINY_COMMON["num_key_value_heads"]) * int(TINY_COMMON["head_dim"]),
     }
     tensors = {}
-    for layer in range(4):
+    for layer in range(TINY_LLAMA_LAYERS):
         for target in LORA_TARGETS:
             prefix = f"base_model.model.model.layers.{layer}.self_attn.{target}"
             a = torch.randn(LORA_RANK, hidden, generator=generator) * 0.2
