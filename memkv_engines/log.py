@@ -32,3 +32,16 @@ class Throttle:
             self._last.clear()
         self._last[key] = (now, 0)
         return held
+
+
+def adopt_handlers(engine_logger_name: str) -> None:
+    """Print through an engine's handlers if the application has given our logger none.
+
+    Engines configure only their own logger; without this our lines would vanish, warnings of failed loads included.
+    """
+    ours, theirs = logging.getLogger(ROOT), logging.getLogger(engine_logger_name)
+    if ours.handlers or logging.getLogger().handlers or not theirs.handlers:
+        return
+    ours.handlers = list(theirs.handlers)
+    ours.setLevel(theirs.getEffectiveLevel())
+    ours.propagate = False

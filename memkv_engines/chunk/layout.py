@@ -89,7 +89,7 @@ class KVLayout:
         """Payload bytes of one block."""
         return sum(tile.length_bytes for tile in self.tiles)
 
-    def iovecs(self, block_ids: Sequence[int]) -> npt.NDArray[np.uint64]:
+    def iovecs(self, block_ids: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
         """Addresses and lengths of the given blocks, block-major.
 
         Args:

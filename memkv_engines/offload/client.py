@@ -1,7 +1,7 @@
 """The engine's side of the I/O service: start, submit, poll, fence, give up, start again.
 
-All methods are called from one engine thread. Only ``start``, ``fence`` and ``close`` block, each with a bound. Whatever
-happens to the service, every job submitted gets exactly one answer: a lost job is answered as failed.
+All methods are called from one engine thread. Only ``start``, ``fence`` and ``close`` block, each with a bound.
+Whatever happens to the service, every job submitted gets exactly one answer: a lost job is answered as failed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from memkv_engines.offload.channel import EngineEnd
 from memkv_engines.offload.messages import (
     Gathered,
     Load,
-    LoadRun,
     LoadDone,
+    LoadRun,
     Manifest,
     Probe,
     ProbeDone,

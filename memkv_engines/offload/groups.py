@@ -30,12 +30,11 @@ class Group:
         Raises:
             LayoutError: tiles do not add up to the block.
         """
-        layout = KVLayout.plan(spec.num_blocks, [Tile(t.base, t.block_stride_bytes, t.length_bytes) for t in spec.tiles])
+        tiles = [Tile(t.base, t.block_stride_bytes, t.length_bytes) for t in spec.tiles]
+        layout = KVLayout.plan(spec.num_blocks, tiles)
         if layout.block_bytes != spec.block_bytes:
             raise LayoutError(f"tiles hold {layout.block_bytes} B, the block {spec.block_bytes} B")
-        return cls(
-            spec.group, Shard(*spec.shard), spec.block_tokens, spec.block_bytes, spec.blocks_per_chunk, layout
-        )
+        return cls(spec.group, Shard(*spec.shard), spec.block_tokens, spec.block_bytes, spec.blocks_per_chunk, layout)
 
     @property
     def slot_bytes(self) -> int:

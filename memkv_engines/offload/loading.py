@@ -48,7 +48,7 @@ def expand_run(run: LoadRun) -> list[LoadChunk]:
     ids = np.frombuffer(run.block_ids, dtype="<i4") if len(run.block_ids) % 4 == 0 else np.empty(0, np.int32)
     if len(ids) != len(hashes) - run.take_first or not 0 <= run.take_first < run.block_count or run.chunk_count < 1:
         raise IoServiceError("malformed load run")
-    if run.last and run.chunk_count != 1 or not run.last and len(hashes) != run.chunk_count * run.block_count:
+    if (run.last and run.chunk_count != 1) or (not run.last and len(hashes) != run.chunk_count * run.block_count):
         raise IoServiceError("a run of full chunks needs the hashes of all their blocks")
     chunks = []
     for index in range(run.chunk_count):

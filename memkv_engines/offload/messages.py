@@ -194,7 +194,8 @@ def decode_request(data: bytes | memoryview) -> Request:
         IoServiceError: not a request.
     """
     try:
-        return _request_decoder.decode(data)
+        message: Request = _request_decoder.decode(data)
+        return message
     except msgspec.MsgspecError as error:
         raise IoServiceError(f"malformed request: {error}") from error
 
@@ -206,7 +207,8 @@ def decode_reply(data: bytes | memoryview) -> Reply:
         IoServiceError: not a reply.
     """
     try:
-        return _reply_decoder.decode(data)
+        message: Reply = _reply_decoder.decode(data)
+        return message
     except msgspec.MsgspecError as error:
         raise IoServiceError(f"malformed reply: {error}") from error
 

@@ -24,10 +24,7 @@ class Variant:
         """How many leading blocks are those of a prompt from ``position`` on."""
         shared = 0
         limit = min(len(self.hashes) // HASH_BYTES, len(own) - position)
-        while (
-            shared < limit
-            and self.hashes[shared * HASH_BYTES : (shared + 1) * HASH_BYTES] == own[position + shared]
-        ):
+        while shared < limit and self.hashes[shared * HASH_BYTES : (shared + 1) * HASH_BYTES] == own[position + shared]:
             shared += 1
         return shared
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 import vllm
@@ -45,8 +46,8 @@ def hash_identity(vllm_config: Any) -> dict[str, str | int | None]:
     algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
     if algorithm not in _SAFE_HASHES:
         raise IdentityError(
-            f"prefix_caching_hash_algo={algorithm!r} is not collision-resistant: a persistent cache could return another "
-            "prompt's KV. Use --prefix-caching-hash-algo sha256_cbor (recommended) or sha256"
+            f"prefix_caching_hash_algo={algorithm!r} is not collision-resistant: a persistent cache could return "
+            "another prompt's KV. Use --prefix-caching-hash-algo sha256_cbor (recommended) or sha256"
         )
     seed = os.environ.get("PYTHONHASHSEED")
     if seed is None and engine_version() < _FIRST_FIXED_NONE_HASH:
@@ -93,12 +94,12 @@ def worker_model(depth: int = 1) -> Any | None:
     vLLM hands connectors no model. The hook is called by the worker's method of the same name, so the worker is the
     nearest ``self`` up the stack that has ``get_model``.
     """
-    frame = sys._getframe(depth)
+    frame: FrameType | None = sys._getframe(depth)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if owner is not None and callable(getattr(owner, "get_model", None)):
             return owner.get_model()
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

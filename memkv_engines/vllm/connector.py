@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from memkv_engines.config import load_config
-from memkv_engines.log import get_logger
+from memkv_engines.log import adopt_handlers, get_logger
 from memkv_engines.vllm import compat
 from memkv_engines.vllm.metadata import Handshake, StepMetadata, WorkerReport
 from memkv_engines.vllm.scheduler_side import SchedulerSide
@@ -47,6 +47,7 @@ class MemKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        adopt_handlers("vllm")
         transfer = self._kv_transfer_config
         config = load_config(transfer.kv_connector_extra_config)
         stores = transfer.is_kv_producer and config.policy.store

@@ -11,7 +11,6 @@ from memkv_engines.errors import IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.vllm import compat
 from memkv_engines.vllm.fingerprint import combine
-
 from memkv_engines.vllm.metadata import Handshake
 
 # Fields of a model's configuration that do not change what it computes.
@@ -63,6 +62,3 @@ def _model_config_digest(vllm_config: Any) -> str:
     body = {k: v for k, v in vllm_config.model_config.hf_config.to_dict().items() if k not in _IRRELEVANT}
     text = json.dumps(body, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-

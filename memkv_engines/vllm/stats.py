@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter
@@ -16,6 +16,8 @@ _PREFIX = "vllm:memkv_engines_"
 @dataclass
 class MemKVStats(KVConnectorStats):
     """Counters since the last report."""
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Start again from zero."""
@@ -52,9 +54,7 @@ class MemKVPromMetrics(KVConnectorPromMetrics):
         self._counters: dict[str, dict[int, Any]] = {}
         for name, text in COUNTERS.items():
             metric = counter(name=_PREFIX + name, documentation=text, labelnames=labelnames)
-            self._counters[name] = {
-                engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()
-            }
+            self._counters[name] = {engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add what was counted since the last call."""
