@@ -1,0 +1,1 @@
+"""The ``memkv-engines`` command."""
