@@ -21,11 +21,13 @@ REFUSALS = (ConfigError, IdentityError, LayoutError)
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
-def guarded(default: Callable[[], Any] = lambda: None) -> Callable[[Hook], Hook]:
+def guarded(default: Callable[[], Any] = lambda: None, *, recover: str = "") -> Callable[[Hook], Hook]:
     """Wrap an engine hook of an object that has ``counters: Counters``.
 
     Args:
         default: makes what the hook answers when it fails.
+        recover: name of a method to call with the hook's arguments when it fails, for hooks that the engine or the
+            correctness of stored bytes depends on; what it returns is the answer.
     """
 
     def wrap(hook: Hook) -> Hook:
@@ -38,7 +40,7 @@ def guarded(default: Callable[[], Any] = lambda: None) -> Callable[[Hook], Hook]
                 raise
             except Exception:
                 _report(hook.__name__, getattr(self, "counters", None))
-                return default()
+                return getattr(self, recover)(*args, **kwargs) if recover else default()
 
         return call  # type: ignore[return-value]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,12 @@ class AdapterNamespaces:
 
     def __init__(self, base: Namespace) -> None:
         self._base = base
-        self._known: dict[tuple[str, int, str], Namespace] = {}
+        self._known: dict[tuple[str, int, str], Future[Namespace]] = {}
+        # Files are read on a thread of its own: the scheduler never touches a file system.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="memkv-adapter")
 
-    def of(self, lora_request: Any) -> Namespace:
-        """The namespace for a request.
-
-        The first request of an adapter reads its files' ends (a few milliseconds on the calling thread, once per
-        adapter and process).
-        """
+    def of(self, lora_request: Any) -> Namespace | None:
+        """The namespace for a request, or None while its adapter's files are being read: ask again. Never blocks."""
         if lora_request is None:
             return self._base
         key = (str(lora_request.lora_name), int(lora_request.lora_int_id), str(lora_request.lora_path))
@@ -44,8 +43,15 @@ class AdapterNamespaces:
         if known is None:
             if len(self._known) >= _MAX_ADAPTERS_REMEMBERED:
                 self._known.clear()
-            known = self._known[key] = self._base.derive(lora_name=key[0], lora=adapter_fingerprint(key[2]))
-        return known
+            known = self._known[key] = self._reader.submit(self._namespace, key[0], key[2])
+        return known.result() if known.done() else None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _namespace(self, name: str, path: str) -> Namespace:
+        return self._base.derive(lora_name=name, lora=adapter_fingerprint(path))
 
 
 def adapter_fingerprint(path: str) -> str:

@@ -59,11 +59,13 @@ class StepMetadata(KVConnectorMetadata):
 
     Attributes:
         loads: request id, job id, runs; to start in this step.
+        failed: request id and pages of loads that could not even be planned; to report as failed.
         stores: job id, chunks; to gather after this step's forward.
         tails: job id, chunks; to gather before anything of this step touches the pages, since they are free already.
     """
 
     loads: list[tuple[str, int, tuple[LoadRun, ...]]] = field(default_factory=list)
+    failed: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     stores: list[tuple[int, tuple[StoreChunk, ...]]] = field(default_factory=list)
     tails: list[tuple[int, tuple[StoreChunk, ...]]] = field(default_factory=list)
 

@@ -146,6 +146,8 @@ class SchedulerSide:
 
     def _adopt(self, namespace: Namespace) -> None:
         self._namespace = namespace
+        if self._adapters is not None:
+            self._adapters.close()
         self._adapters = AdapterNamespaces(namespace)
         if self._stores:
             self._client.submit_manifest(Manifest(json.dumps(dict(namespace.fields)).encode()))
@@ -188,9 +190,11 @@ class SchedulerSide:
         if tracked.barred:
             return Hit(0, {})
         namespace = self._namespace_of(request)
+        if namespace is None:
+            return None
         return self._lookup.ask(request.request_id, self._hashes(tracked), computed_tokens, namespace.digest)
 
-    def _namespace_of(self, request: Any) -> Namespace:
+    def _namespace_of(self, request: Any) -> Namespace | None:
         assert self._namespace is not None and self._adapters is not None
         return self._adapters.of(request.lora_request)
 
@@ -220,7 +224,7 @@ class SchedulerSide:
 
     # --- loads ---------------------------------------------------------------
 
-    @guarded()
+    @guarded(recover="_plan_failed")
     def after_alloc(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
         """``update_state_after_alloc``: pages for the external tokens exist; plan the load."""
         if not external_tokens:
@@ -232,7 +236,8 @@ class SchedulerSide:
         total = tracked.computed_tokens + external_tokens
         self._next_load += 1
         hashes = self._hashes(tracked)
-        namespace = self._namespace_of(request).digest
+        namespace = self._namespace_of(request)
+        assert namespace is not None, "a hit has a namespace"
         sent: list[LoadRun] = []
         planned: list[tuple[int, Run, int, tuple[bytes, ...]]] = []
         for view, own in zip(self._views, hashes, strict=True):
@@ -242,12 +247,20 @@ class SchedulerSide:
                 low += 1  # outside the sliding window: no page, nothing to load
             for run in _clip(hit.runs.get(view.group, ()), low, high):
                 first = max(low, run.position)
-                message = _load_run(namespace, view.group, run, first, own, ids)
+                message = _load_run(namespace.digest, view.group, run, first, own, ids)
                 sent.append(message)
                 planned.append((view.group, run, first, tuple(own[run.position : run.position + run.take])))
         self._load_plans[self._next_load] = _LoadPlan(request.request_id, tuple(planned))
         self._meta.loads.append((request.request_id, self._next_load, tuple(sent)))
         self.counters.add("lookup_hit_tokens", external_tokens)
+
+    def _plan_failed(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
+        """The engine now waits for a load that was not planned: have it reported as failed."""
+        tracked = self._tracked(request)
+        tracked.barred = True
+        # With one KV group the engine goes by pages: those before the external tokens are its own and good.
+        first = tracked.computed_tokens // self._views[0].block_tokens
+        self._meta.failed.append((request.request_id, tuple(i for i in block_ids[self._groups[0]][first:] if i)))
 
     def _take_failure(self, job_id: int, runs: tuple[tuple[int, str], ...]) -> None:
         """A load failed: forget the bad chunk and bar the request from further external hits."""
@@ -258,8 +271,8 @@ class SchedulerSide:
         if tracked is not None:
             tracked.barred = True
         for (group, run, first, hashes), (good, kind) in zip(plan.runs, runs, strict=True):
-            if not kind:
-                continue
+            if not kind or kind == "io_service":
+                continue  # nothing is wrong with the chunk
             log.warning("request %s: load failed (%s) after %d good blocks; recomputing", plan.request_id, kind, good)
             chunk = (first + good - run.position) // run.block_count
             start = chunk * run.block_count
@@ -268,20 +281,21 @@ class SchedulerSide:
 
     # --- stores --------------------------------------------------------------
 
-    @guarded(default=StepMetadata)
     def build_meta(self, scheduler_output: Any) -> StepMetadata:
         """``build_connector_meta``: what the workers are to do in this step."""
+        # Not guarded as a whole: the engine waits for the loads in here, they must not get lost.
         meta, self._meta = self._meta, StepMetadata()
-        if self._lookup is None:
-            return meta
-        self._take_probes()
-        self._lookup.index.sweep()
-        if self._stores:
-            self._plan_stores(scheduler_output, meta)
+        self._plan_stores(scheduler_output, meta)
         return meta
 
+    @guarded()
     def _plan_stores(self, scheduler_output: Any, meta: StepMetadata) -> None:
-        assert self._planner is not None
+        if self._lookup is None or self._planner is None:
+            return
+        self._take_probes()
+        self._lookup.index.sweep()
+        if not self._stores:
+            return
         tables = scheduler_output.kv_connector_block_state
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             tracked = self._requests.get(request_id)
@@ -292,14 +306,15 @@ class SchedulerSide:
             if not self._planner.may_plan(request_id, computed):
                 continue
             ids = tables.get_block_ids(request_id)
-            if ids is None:
+            namespace = self._namespace_of(tracked.request)
+            if ids is None or namespace is None:
                 continue
             plan = self._planner.plan_step(
                 request_id,
                 self._hashes(tracked),
                 [ids[g] for g in self._groups],
                 computed,
-                self._namespace_of(tracked.request).digest,
+                namespace.digest,
             )
             if plan is not None:
                 meta.stores.append(plan)
@@ -311,7 +326,8 @@ class SchedulerSide:
         if tracked is None or self._lookup is None or self._planner is None:
             return False, None
         self._lookup.forget_request(request.request_id)
-        if not self._stores:
+        namespace = self._namespace_of(request)
+        if not self._stores or namespace is None:
             self._planner.forget_request(request.request_id)
             return False, None
         # An aborted load leaves pages behind whose content nobody vouches for.
@@ -321,7 +337,7 @@ class SchedulerSide:
             self._hashes(tracked),
             [block_ids[g] for g in self._groups],
             valid,
-            self._namespace_of(request).digest,
+            namespace.digest,
         )
         if plan is not None:
             self._meta.tails.append(plan)
@@ -362,6 +378,8 @@ class SchedulerSide:
 
     def shutdown(self) -> None:
         """End the prober."""
+        if self._adapters is not None:
+            self._adapters.close()
         self._client.close()
 
 

@@ -6,6 +6,7 @@ freed pages), the forward, loads, stores. Loads run between steps; stores are ga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class WorkerSide:
 
     # --- a step --------------------------------------------------------------
 
-    @guarded()
+    @guarded(recover="_abandon_gathers")
     def before_forward(self, meta: StepMetadata) -> None:
         """``handle_preemptions``: from here on pages may be overwritten, so earlier gathers must be done."""
         client = self._require_client()
@@ -104,12 +105,32 @@ class WorkerSide:
                 self._store(job_id, chunks)
             client.fence()
 
-    @guarded()
+    def _abandon_gathers(self, meta: StepMetadata) -> None:
+        """The fence broke: a gather that goes on now would store other tokens' KV under these names."""
+        self._require_client().abandon("the fence failed")
+
     def start_loads(self, meta: StepMetadata) -> None:
         """``start_load_kv``: hand over this step's loads."""
         for request_id, job_id, runs in meta.loads:
-            self._loading[job_id] = (request_id, runs)
-            self._require_client().submit_load(job_id, runs)
+            self._start_load(request_id, job_id, runs)
+        for request_id, block_ids in meta.failed:
+            self._fail_request(request_id, block_ids)
+
+    @guarded(recover="_load_not_started")
+    def _start_load(self, request_id: str, job_id: int, runs: tuple[LoadRun, ...]) -> None:
+        self._loading[job_id] = (request_id, runs)
+        self._require_client().submit_load(job_id, runs)
+
+    def _load_not_started(self, request_id: str, job_id: int, runs: tuple[LoadRun, ...]) -> None:
+        """The engine waits for every load it planned: one that did not start has failed."""
+        self._loading.pop(job_id, None)
+        self._report.failed[job_id] = tuple((0, "io_service") for _ in runs)
+        self._fail_request(request_id, [i for run in runs for i in _ids(run)])
+
+    def _fail_request(self, request_id: str, block_ids: Sequence[int]) -> None:
+        self._failed.add(request_id)
+        self._bad_blocks.update(block_ids)
+        self._finished.add(request_id)
 
     @guarded()
     def start_stores(self, meta: StepMetadata) -> None:
@@ -139,17 +160,19 @@ class WorkerSide:
                 self._take_store(result)
 
     def _take_load(self, result: LoadResult) -> None:
-        request_id, runs = self._loading.pop(result.job_id)
-        self._finished.add(request_id)
+        found = self._loading.pop(result.job_id, None)
+        if found is None:
+            return  # answered as failed already
+        request_id, runs = found
         if not any(result.kinds):
+            self._finished.add(request_id)
             return
         self._report.failed[result.job_id] = tuple(zip(result.good_blocks, result.kinds, strict=True))
-        self._failed.add(request_id)
-        bad_from_here = False
+        bad: list[int] = []
         for run, good, kind in zip(runs, result.good_blocks, result.kinds, strict=True):
-            ids = np.frombuffer(run.block_ids, dtype="<i4").tolist()
-            self._bad_blocks.update(ids if bad_from_here else ids[good:] if kind else ())
-            bad_from_here |= bool(kind)
+            # Behind the first bad block of a chain nothing counts, good or not.
+            bad += _ids(run) if bad else _ids(run)[good:] if kind else []
+        self._fail_request(request_id, bad)
 
     def _take_store(self, result: StoreResult) -> None:
         outcomes = result.outcomes
@@ -185,3 +208,8 @@ class WorkerSide:
     def _require_client(self) -> IoClient:
         assert self._client is not None, "register_kv_caches comes first"
         return self._client
+
+
+def _ids(run: LoadRun) -> list[int]:
+    ids: list[int] = np.frombuffer(run.block_ids, dtype="<i4").tolist()
+    return ids
