@@ -70,11 +70,13 @@ class EngineEnd:
 
     def wait(self, timeout_s: float) -> bool:
         """Block until something can be read or the time is up."""
-        want_write = [self._sock] if self._outbox else []
-        readable, writable, _ = select.select([self._sock], want_write, [], max(0.0, timeout_s))
-        if writable:
+        # Not select(): an engine may hold more than the 1,024 descriptors that it can watch.
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
+        events = sum(flags for _, flags in poll.poll(max(0.0, timeout_s) * 1000))
+        if events & select.POLLOUT:
             self._flush()
-        return bool(readable)
+        return bool(events & ~select.POLLOUT)
 
     def close(self) -> None:
         """Close this end; the service sees end-of-file and exits."""
@@ -111,7 +113,10 @@ class ServiceEnd:
             messages = _split(self._inbox)
             if messages:
                 return messages
-            data = self._sock.recv(_RECEIVE_BYTES)
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except ConnectionResetError:
+                return []  # The engine went away without reading all we said.
             if not data:
                 return []
             self._inbox += data

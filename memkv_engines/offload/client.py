@@ -6,18 +6,9 @@ Whatever happens to the service, every job submitted gets exactly one answer: a 
 
 from __future__ import annotations
 
-import ctypes
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-import msgspec
 
 from memkv_engines.errors import ConfigError, IoServiceError, MemKVError, TierUnavailable
 from memkv_engines.limits import (
@@ -25,11 +16,10 @@ from memkv_engines.limits import (
     SERVICE_RESTART_BACKOFF_MAX_S,
     SERVICE_RESTART_BACKOFF_S,
     SERVICE_START_TIMEOUT_S,
-    SHUTDOWN_DRAIN_TIMEOUT_S,
 )
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
-from memkv_engines.offload.channel import EngineEnd
+from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend
 from memkv_engines.offload.messages import (
     Gathered,
     Load,
@@ -42,123 +32,12 @@ from memkv_engines.offload.messages import (
     Reply,
     Request,
     Setup,
-    Stop,
     Store,
     StoreChunk,
     StoreDone,
-    decode_reply,
-    encode,
 )
-from memkv_engines.offload.pages import GatedPages, MappedPages
-from memkv_engines.offload.process import open_tier
-from memkv_engines.offload.service import IoService
 
 log = get_logger(__name__)
-
-
-class Backend(Protocol):
-    """Where the service runs."""
-
-    name: str
-
-    def send(self, message: Request) -> None:
-        """Hand a message over without blocking."""
-
-    def receive(self) -> list[Reply]:
-        """Replies that have arrived; raises ``IoServiceError`` when the service is gone."""
-
-    def wait(self, timeout_s: float) -> None:
-        """Block until a reply may have arrived or the time is up."""
-
-    def kill(self) -> None:
-        """End it now. On return it will never touch the engine's pages again."""
-
-    def stop(self) -> None:
-        """Let it finish what was gathered, bounded."""
-
-
-class ProcessBackend:
-    """The service in a child process."""
-
-    name = "process"
-
-    def __init__(self, setup: Setup) -> None:
-        # The canary stays referenced for as long as the child may read it.
-        self._canary = ctypes.create_string_buffer(os.urandom(16), 16)
-        setup = msgspec.structs.replace(
-            setup, engine_pid=os.getpid(), canary_address=ctypes.addressof(self._canary), canary=self._canary.raw
-        )
-        ours, theirs = socket.socketpair()
-        env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
-        with theirs:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "memkv_engines.offload.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=env,
-            )
-        self._end = EngineEnd(ours)
-        self.send(setup)
-
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._child.pid
-
-    def send(self, message: Request) -> None:
-        self._end.send(encode(message))
-
-    def receive(self) -> list[Reply]:
-        return [decode_reply(data) for data in self._end.receive()]
-
-    def wait(self, timeout_s: float) -> None:
-        self._end.wait(timeout_s)
-
-    def kill(self) -> None:
-        self._child.kill()
-        self._child.wait()
-        self._end.close()
-
-    def stop(self) -> None:
-        try:
-            self.send(Stop())
-            self._child.wait(SHUTDOWN_DRAIN_TIMEOUT_S + 1.0)
-        except (IoServiceError, subprocess.TimeoutExpired):
-            pass
-        self.kill()
-
-
-class ThreadBackend:
-    """The service on threads of this process: where a child may not reach the engine's memory."""
-
-    name = "thread"
-
-    def __init__(self, setup: Setup) -> None:
-        self._replies: deque[Reply] = deque()
-        self._gate = GatedPages(MappedPages()) if setup.groups else None
-        tier = open_tier(setup)
-        self._service = IoService(setup, tier, self._gate, self._replies.append)
-        self._service.start()
-        self._replies.append(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason))
-
-    def send(self, message: Request) -> None:
-        self._service.submit(message)
-
-    def receive(self) -> list[Reply]:
-        return [self._replies.popleft() for _ in range(len(self._replies))]
-
-    def wait(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not self._replies and time.monotonic() < deadline:
-            time.sleep(0.0005)
-
-    def kill(self) -> None:
-        if self._gate is not None:
-            self._gate.close()
-
-    def stop(self) -> None:
-        self._service.stop(SHUTDOWN_DRAIN_TIMEOUT_S)
-        self.kill()
 
 
 @dataclass(frozen=True)
@@ -256,19 +135,26 @@ class IoClient:
             backend = make(self._setup)
         except TierUnavailable as error:
             raise ConfigError(str(error)) from error
+        try:
+            self.ready = self._greeting(backend)
+        except BaseException:
+            backend.kill()
+            raise
+        return backend
+
+    @staticmethod
+    def _greeting(backend: Backend) -> Ready:
         deadline = time.monotonic() + SERVICE_START_TIMEOUT_S
         while time.monotonic() < deadline:
             for reply in backend.receive():
-                if isinstance(reply, Ready):
-                    if not reply.error:
-                        self.ready = reply
-                        return backend
-                    backend.kill()
-                    if reply.error_kind == TierUnavailable.__name__:
-                        raise ConfigError(reply.error)
+                if not isinstance(reply, Ready):
+                    continue
+                if reply.error_kind == TierUnavailable.__name__:
+                    raise ConfigError(reply.error)
+                if reply.error:
                     raise IoServiceError(reply.error)
+                return reply
             backend.wait(0.05)
-        backend.kill()
         raise IoServiceError(f"the I/O service was not ready after {SERVICE_START_TIMEOUT_S:.0f} s")
 
     def close(self) -> None:
@@ -323,6 +209,10 @@ class IoClient:
             self._receive()
         self.counters.add("gather_microseconds", int((time.perf_counter() - start) * 1e6))
         return self._backend is not None
+
+    def abandon(self, why: str) -> None:
+        """End the service now: on return no page is read or written any more, and every job has its answer."""
+        self._lose_service(why)
 
     def poll(self) -> list[LoadResult | StoreResult | ProbeDone]:
         """Results that have come in; never blocks. Gives up overdue loads (kills the service first)."""
@@ -484,11 +374,13 @@ class IoClient:
 
 
 MISS_COUNTERS = frozenset(
-    {"miss_missing", "miss_truncated", "miss_damaged", "miss_foreign", "miss_version", "miss_io_error"}
+    {
+        "miss_missing",
+        "miss_truncated",
+        "miss_damaged",
+        "miss_foreign",
+        "miss_version",
+        "miss_io_error",
+        "miss_io_service",
+    }
 )
-
-
-def _python_path() -> str:
-    # The child must import this very package, also where the engine found it through sys.path manipulation.
-    package_parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -48,7 +48,9 @@ def expand_run(run: LoadRun) -> list[LoadChunk]:
     ids = np.frombuffer(run.block_ids, dtype="<i4") if len(run.block_ids) % 4 == 0 else np.empty(0, np.int32)
     if len(ids) != len(hashes) - run.take_first or not 0 <= run.take_first < run.block_count or run.chunk_count < 1:
         raise IoServiceError("malformed load run")
-    if (run.last and run.chunk_count != 1) or (not run.last and len(hashes) != run.chunk_count * run.block_count):
+    if run.last and (run.chunk_count != 1 or len(hashes) > run.block_count):
+        raise IoServiceError("a chunk that is named stands alone and holds all blocks taken")
+    if not run.last and len(hashes) != run.chunk_count * run.block_count:
         raise IoServiceError("a run of full chunks needs the hashes of all their blocks")
     chunks = []
     for index in range(run.chunk_count):
@@ -107,48 +109,60 @@ class ChunkLoad:
         )
         self.folder = namespace_folder(chunk.namespace)
         self._geometry = Geometry(chunk.block_count, group.block_bytes, group.block_tokens)
+        self._good = self._read_bytes = 0
 
     def run(self) -> LoadOutcome:
         """Blocking. Data problems come back as an outcome; only errors of the service itself are raised."""
         try:
             with self._tier.open(self.folder, self.name) as reader:
                 self._check_size(reader)
-                header, payload, read_bytes = self._read(reader)
+                kind = self._load(reader)
         except ChunkError as error:
-            return LoadOutcome(0, error.kind, 0)
-        iovecs = self._group.layout.iovecs(self._chunk.block_ids)
-        bad = verify_blocks(header, self._chunk.take_first, self._stop, payload)
-        good = self._take if bad is None else bad - self._chunk.take_first
-        if good:
-            tiles = len(self._group.layout.tiles)
-            self._pages.scatter(
-                iovecs[: good * tiles],
-                tiles,
-                self._payload_address,
-                self._geometry.block_bytes,
-                self._geometry.block_stride_bytes,
-            )
-        return LoadOutcome(good, "" if bad is None else ChunkDamaged.kind, read_bytes)
+            kind = error.kind
+        return LoadOutcome(self._good, kind, self._read_bytes)
 
     def _check_size(self, reader: ChunkReader) -> None:
         if reader.object_bytes < self._geometry.object_bytes:
             raise ChunkTruncated(f"{reader.object_bytes} B instead of {self._geometry.object_bytes} B")
         if reader.object_bytes > self._geometry.object_bytes:
             raise ChunkForeign(f"{reader.object_bytes} B instead of {self._geometry.object_bytes} B")
-        if self._geometry.header_bytes + self._take * self._geometry.block_stride_bytes > self._slot.view.nbytes:
-            raise IoServiceError("a load larger than a staging slot")
 
-    def _read(self, reader: ChunkReader) -> tuple[ChunkHeader, memoryview, int]:
-        header_bytes = self._geometry.header_bytes
-        payload_bytes = self._take * self._geometry.block_stride_bytes
-        view = self._slot.view
-        payload = view[header_bytes : header_bytes + payload_bytes]
-        self._payload_address = self._slot.address + header_bytes
-        if self._chunk.take_first == 0:
-            reader.read([view[: header_bytes + payload_bytes]], 0)
+    def _load(self, reader: ChunkReader) -> str:
+        """Read, verify and scatter; in pieces where a chunk of other settings is larger than a slot. Returns a kind."""
+        g, layout = self._geometry, self._group.layout
+        room = (self._slot.view.nbytes - g.header_bytes) // g.block_stride_bytes
+        if room < 1:
+            raise IoServiceError("a block larger than a staging slot")
+        iovecs, tiles = layout.iovecs(self._chunk.block_ids), len(layout.tiles)
+        header: ChunkHeader | None = None
+        while self._good < self._take:
+            first = self._chunk.take_first + self._good
+            stop = min(first + room, self._stop)
+            payload = self._read(reader, first, stop, with_header=header is None)
+            if header is None:
+                header = decode_header(self._slot.view[: g.header_bytes])
+                check_header(header, self._chunk.namespace, self.name, g, self._hashes[: self._stop])
+            bad = verify_blocks(header, first, stop, payload)
+            good = (stop if bad is None else bad) - first
+            if good:
+                part = iovecs[self._good * tiles : (self._good + good) * tiles]
+                address = self._slot.address + g.header_bytes
+                self._pages.scatter(part, tiles, address, g.block_bytes, g.block_stride_bytes)
+            self._good += good
+            if bad is not None:
+                return ChunkDamaged.kind
+        return ""
+
+    def _read(self, reader: ChunkReader, first: int, stop: int, *, with_header: bool) -> memoryview:
+        """Blocks [first, stop) into the slot, behind the header; the header too if it is wanted."""
+        g, view = self._geometry, self._slot.view
+        payload_end = g.header_bytes + (stop - first) * g.block_stride_bytes
+        payload = view[g.header_bytes : payload_end]
+        if with_header and first == 0:
+            reader.read([view[:payload_end]], 0)
         else:
-            reader.read([view[:header_bytes]], 0)
-            reader.read([payload], self._geometry.block_offset(self._chunk.take_first))
-        header = decode_header(view[:header_bytes])
-        check_header(header, self._chunk.namespace, self.name, self._geometry, self._hashes[: self._stop])
-        return header, payload, header_bytes + payload_bytes
+            if with_header:
+                reader.read([view[: g.header_bytes]], 0)
+            reader.read([payload], g.block_offset(first))
+        self._read_bytes += payload.nbytes + (g.header_bytes if with_header else 0)
+        return payload

@@ -7,14 +7,22 @@ is in (or its deadline has passed) the caller is told to ask again.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from memkv_engines.keys import Shard
-from memkv_engines.limits import KEY_BYTES, MAX_BAD_CHUNKS, MAX_PROBES_IN_FLIGHT, MAX_SLIDING_WINDOW_CANDIDATES
+from memkv_engines.limits import (
+    KEY_BYTES,
+    MAX_BAD_CHUNKS,
+    MAX_PROBES_IN_FLIGHT,
+    MAX_SLIDING_WINDOW_CANDIDATES,
+    PROBE_SILENCE_MAX_S,
+    PROBE_SILENCE_S,
+)
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.index import ChunkIndex
-from memkv_engines.offload.messages import Probe, ProbeDone
+from memkv_engines.offload.messages import Probe, ProbeDone, Segment
 from memkv_engines.offload.variants import ExpiringSet, VariantTable
 
 
@@ -110,7 +118,11 @@ class PrefixLookup:
         self._misses = ExpiringSet(miss_ttl_s, clock=clock)
         self._asked: dict[str, _Asked] = {}
         self._probes: dict[int, tuple[str, int, Sequence[bytes], int]] = {}
+        # Given up, but a reply may still come and is worth learning from.
+        self._late: OrderedDict[int, tuple[str, int, Sequence[bytes], int]] = OrderedDict()
         self._next_probe = 0
+        # A tier that does not answer costs each request one deadline; after the first ones nobody waits for it.
+        self._silence_s, self._silent_until = PROBE_SILENCE_S / 2, 0.0
 
     def ask(
         self, request_id: str, hashes: Sequence[Sequence[bytes]], computed_tokens: int, namespace: bytes
@@ -174,6 +186,8 @@ class PrefixLookup:
     ) -> tuple[tuple[Run, ...], int, bool]:
         """Runs of a full-attention group, the block they reach, and whether a probe is under way."""
         computed = computed_tokens // group.block_tokens
+        if computed >= len(hashes):
+            return (), computed, False
         start = computed - computed % group.blocks_per_chunk
         runs, end, open_ended = self._walk(group, hashes, start, need_from)
         asked = open_ended and self._probe(request_id, group, hashes, max(end, start), need_from, namespace)
@@ -267,11 +281,13 @@ class PrefixLookup:
         if group.group in asked.waiting:
             if now < asked.deadline:
                 return True
-            self._probes.pop(asked.waiting.pop(group.group), None)
+            self._give_up(asked.waiting.pop(group.group))
             asked.answered.add((group.group, start))
             self._counters.add("probe_timeouts")
+            self._silence_s = min(2 * self._silence_s, PROBE_SILENCE_MAX_S)
+            self._silent_until = now + self._silence_s
             return False
-        if (group.group, start) in asked.answered or now >= asked.deadline:
+        if (group.group, start) in asked.answered or now >= asked.deadline or now < self._silent_until:
             return False
         if (group.group, hashes[start]) in self._misses or len(self._probes) >= MAX_PROBES_IN_FLIGHT:
             return False
@@ -295,18 +311,26 @@ class PrefixLookup:
         )
         return True
 
+    def _give_up(self, probe_id: int) -> None:
+        probe = self._probes.pop(probe_id, None)
+        if probe is not None:
+            self._late[probe_id] = probe
+            if len(self._late) > MAX_PROBES_IN_FLIGHT:
+                self._late.popitem(last=False)
+
     def take_probe(self, reply: ProbeDone) -> None:
         """Learn what a probe found; a reply that comes too late still feeds the index."""
-        request_id, number, hashes, start = self._probes.pop(reply.probe_id, ("", -1, (), 0))
-        if number < 0:
+        self._silence_s, self._silent_until = PROBE_SILENCE_S / 2, 0.0
+        probe = self._probes.pop(reply.probe_id, None) or self._late.pop(reply.probe_id, None)
+        if probe is None:
             return
+        request_id, number, hashes, start = probe
         asked = self._asked.get(request_id)
         if asked is not None and asked.waiting.get(number) == reply.probe_id:
             del asked.waiting[number]
         group = next(g for g in self._groups if g.group == number)
         end = start
-        full: list[bytes] = []
-        holes: list[int] = []
+        whole: list[Segment] = []
         for s in reply.segments:
             own = hashes[s.position : s.position + s.take]
             if s.position != end or not 0 < s.take <= s.block_count or len(own) != s.take or len(s.last) != KEY_BYTES:
@@ -314,12 +338,12 @@ class PrefixLookup:
             if (number, s.last) in self.bad:
                 break
             end = s.position + s.take
-            if s.block_count == s.take == group.blocks_per_chunk and own[-1][:KEY_BYTES] == s.last:
-                full.append(s.last)
-                holes.append(s.holes)
-            else:
+            if s.block_count == s.take and own[-1][:KEY_BYTES] == s.last:
+                # Tails too: what is known to be stored is not stored again.
+                whole.append(s)
+            if s.block_count != s.take or s.take != group.blocks_per_chunk:
                 self.variants.add(number, own, s.last, s.block_count, s.holes)
-        self.index.insert(full, [group.blocks_per_chunk] * len(full), holes, number)
+        self.index.insert([s.last for s in whole], [s.take for s in whole], [s.holes for s in whole], number)
         if asked is not None:
             asked.answered.add((number, end))
         if end < len(hashes):
@@ -344,7 +368,7 @@ class PrefixLookup:
         asked = self._asked.pop(request_id, None)
         if asked is not None:
             for probe_id in asked.waiting.values():
-                self._probes.pop(probe_id, None)
+                self._give_up(probe_id)
 
     def clear(self) -> None:
         """Forget everything that is known."""
@@ -353,4 +377,5 @@ class PrefixLookup:
         self.bad.clear()
         self._misses.clear()
         self._probes.clear()
+        self._late.clear()
         self._asked.clear()

@@ -7,8 +7,10 @@ writers stand back while loads are pending.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +44,8 @@ from memkv_engines.tier.base import Tier
 log = get_logger(__name__)
 
 _WRITER_YIELD_S = 1.0
+# What a job can end with, messages that contradict themselves included. It fails the job, never the thread.
+_JOB_ERRORS = (MemKVError, OSError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, struct.error)
 
 
 @dataclass
@@ -51,6 +55,7 @@ class _LoadJob:
     runs: list[list[LoadChunk]]
     outcomes: list[list[LoadOutcome | None]]
     remaining: int
+    malformed: frozenset[int]
     # First bad chunk per run: what follows it in the chain is of no use.
     first_bad: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -142,17 +147,26 @@ class IoService:
     # --- loads ---------------------------------------------------------------
 
     def _submit_load(self, message: Load) -> None:
-        runs = [expand_run(run) for run in message.runs]
+        runs: list[list[LoadChunk]] = []
+        malformed = set()
+        for number, run in enumerate(message.runs):
+            try:
+                runs.append(expand_run(run))
+            except _JOB_ERRORS as error:
+                log.warning("load refused: %s", error)
+                malformed.add(number)
+                runs.append([])
         count = sum(map(len, runs))
-        job = _LoadJob(message.job_id, time.perf_counter(), runs, [[None] * len(r) for r in runs], count)
+        outcomes: list[list[LoadOutcome | None]] = [[None] * len(r) for r in runs]
+        job = _LoadJob(message.job_id, time.perf_counter(), runs, outcomes, count, frozenset(malformed))
         if not count:
             self._finish_load(job)
             return
         with self._idle_loads:
             self._loads_pending += count
-        for run, chunks in enumerate(runs):
+        for number, chunks in enumerate(runs):
             for index in range(len(chunks)):
-                self._loads.put((job, run, index))
+                self._loads.put((job, number, index))
 
     def _load_loop(self) -> None:
         while (item := self._loads.get()) is not None:
@@ -180,8 +194,9 @@ class IoService:
             load = ChunkLoad(chunk, self._groups[chunk.group], self._tier, self._require_pages(), slot)
             outcome = load.run()
             if outcome.kind in REMOVABLE_KINDS:
-                self._tier.remove(load.folder, load.name)
-        except (MemKVError, OSError, KeyError, ValueError) as error:
+                with contextlib.suppress(MemKVError, OSError):
+                    self._tier.remove(load.folder, load.name)
+        except _JOB_ERRORS as error:
             log.warning("load failed: %s", error)
             return LoadOutcome(0, getattr(error, "kind", "io_error"), 0)
         finally:
@@ -191,8 +206,8 @@ class IoService:
     def _finish_load(self, job: _LoadJob) -> None:
         good_blocks, kinds = [], []
         done = [o for outcomes in job.outcomes for o in outcomes if o is not None]
-        for outcomes in job.outcomes:
-            good, kind = 0, ""
+        for number, outcomes in enumerate(job.outcomes):
+            good, kind = 0, IoServiceError.kind if number in job.malformed else ""
             for outcome in outcomes:
                 good += outcome.good_blocks if outcome else 0
                 kind = outcome.kind if outcome else "io_error"
@@ -242,7 +257,7 @@ class IoService:
             store = ChunkStore(chunk, self._groups[chunk.group], slot)
             store.gather(self._require_pages())
             return store
-        except (MemKVError, OSError, KeyError, ValueError) as error:
+        except _JOB_ERRORS as error:
             log.warning("gather failed: %s", error)
             job.outcomes[index] = "failed"
             self._store_staging.release(slot)
@@ -254,7 +269,7 @@ class IoService:
             self._let_loads_pass()
             try:
                 outcome, written = store.write(self._tier)
-            except (MemKVError, OSError, ValueError) as error:
+            except _JOB_ERRORS as error:
                 log.warning("store failed: %s", error)
                 outcome, written = "failed", 0
             finally:
@@ -286,7 +301,7 @@ class IoService:
             start = time.perf_counter()
             try:
                 segments = tuple(ChainWalk(message, self._tier).run())
-            except (MemKVError, OSError, ValueError) as error:
+            except _JOB_ERRORS as error:
                 log.warning("probe failed: %s", error)
                 segments = ()
             self._reply(ProbeDone(message.probe_id, segments, int((time.perf_counter() - start) * 1e6)))
@@ -295,5 +310,5 @@ class IoService:
         try:
             fields = json.loads(message.fields_json)
             self._tier.write_manifest(Namespace(fields))
-        except (MemKVError, OSError, ValueError) as error:
+        except _JOB_ERRORS as error:
             log.warning("cannot write the namespace manifest: %s", error)

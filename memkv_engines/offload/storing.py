@@ -24,8 +24,10 @@ class ChunkStore:
     def __init__(self, chunk: StoreChunk, group: Group, slot: Slot) -> None:
         self._chunk, self._group, self.slot = chunk, group, slot
         self._hashes = split_hashes(chunk.hashes)
-        if len(self._hashes) != chunk.holes + len(chunk.block_ids):
-            raise IoServiceError("a store needs one hash per block")
+        if not chunk.block_ids or len(self._hashes) != chunk.holes + len(chunk.block_ids):
+            raise IoServiceError("a store needs blocks, and one hash for each")
+        if not 0 <= chunk.first_position < 1 << 64:
+            raise IoServiceError(f"first_position={chunk.first_position} is no position")
         self._key = ChunkKey(
             chunk.namespace,
             self._hashes[0],
