@@ -142,7 +142,6 @@ class StoreDone(msgspec.Struct, frozen=True, tag="store_done"):
     outcomes: tuple[str, ...]
     written_bytes: int
     payload_bytes: int
-    cpu_us: int = 0
 
 
 class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):

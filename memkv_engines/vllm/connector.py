@@ -73,6 +73,11 @@ class MemKVConnector(KVConnectorBase_V1, SupportsHMA):
         """A dropped store is only a future miss."""
         return False
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Asked by vLLM 0.33: the I/O service holds addresses of pages that sleep mode would unmap."""
+        return False
+
     # --- worker side ---------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:

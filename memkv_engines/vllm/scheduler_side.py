@@ -219,6 +219,8 @@ class SchedulerSide:
             tracked.group_hashes = [[] for _ in self._ratios]
         for ratio, known in zip(self._ratios, tracked.group_hashes, strict=True):
             assert isinstance(known, list)
+            if known and (len(known) * ratio > len(own) or known[-1] != own[len(known) * ratio - 1]):
+                known.clear()  # a streaming session dropped or replaced its last tokens
             known.extend(own[(len(known) + 1) * ratio - 1 :: ratio])
         return tracked.group_hashes
 
