@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,12 +68,14 @@ class Environment:
         base: Steps that make the venv and install what rarely changes.
         project: Steps that install this project; repeatable on top of the base.
         inputs: Files whose content the base depends on.
+        python_min: The oldest Python it can be built with.
     """
 
     name: str
     base: tuple[Step, ...]
     project: tuple[Step, ...]
-    inputs: tuple[Path, ...]
+    inputs: tuple[Path, ...] = ()
+    python_min: tuple[int, int] = (3, 10)
 
     @property
     def path(self) -> Path:
@@ -98,7 +101,7 @@ def run_logged(command: list[str | Path], log: Path) -> None:
             [str(part) for part in command], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT
         )
     if code != 0:
-        raise BuildError(f"`{Path(command[0]).name} {' '.join(map(str, command[1:4]))} ...` ended with code {code}")
+        raise BuildError(f"a command ended with code {code}; it stands above its output")
 
 
 def pip(venv: Path, log: Path, command: str, *arguments: str | Path) -> None:
@@ -173,7 +176,6 @@ ENVIRONMENTS = {
         name="dev",
         base=(Step("empty environment", make_venv),),
         project=(Step("this project and its tools", install_project),),
-        inputs=(),
     ),
     "vllm": Environment(
         name="vllm",
@@ -186,6 +188,7 @@ ENVIRONMENTS = {
         ),
         project=(Step("this project and its tools", install_project), Step("import the engine", check_vllm)),
         inputs=(CONSTRAINTS, VLLM_SCRIPT),
+        python_min=(3, 11),
     ),
 }
 
@@ -268,9 +271,9 @@ def remedy_for(log_tail: str) -> str:
     if "no matching distribution" in text and "torch" in text:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         return f"No torch {TORCH_VERSION} for Python {version} in your package index. Try PYTHON=python3.11."
-    if "requires a different python" in text or "requires-python" in text:
-        return "This Python is not supported: use 3.10 to 3.13 (vLLM: 3.11 or later), as in PYTHON=python3.11."
-    if any(hint in text for hint in ("connection", "timed out", "temporary failure", "max retries")):
+    if re.search("requires? a different python", text):
+        return "This Python is not supported: use 3.10 to 3.13, as in PYTHON=python3.11."
+    if any(hint in text for hint in ("connection", "timed out", "max retries", "from versions: none")):
         return "The package index did not answer. Check the network and pip's configuration, then run this again."
     return "Run this again; if it fails the same way, read the whole log."
 
@@ -317,9 +320,12 @@ def build(name: str) -> Path:
         The environment's Python interpreter.
 
     Raises:
-        BuildError: A step failed.
+        BuildError: A step failed, or this Python is too old.
     """
     environment = ENVIRONMENTS[name]
+    if sys.version_info[:2] < environment.python_min:
+        needed = ".".join(map(str, environment.python_min))
+        raise BuildError(f"The {name} environment needs Python {needed} or later, as in PYTHON=python{needed}.")
     with build_lock():
         wanted, found = wanted_stamp(environment), found_stamp(environment)
         if found == wanted:

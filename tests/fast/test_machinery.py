@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -78,7 +79,7 @@ class Builds:
         self.fail = ""
         self.section = "dependencies = []"
         self.environment = build.Environment(
-            "sample", (build.Step("base", self.base),), (build.Step("project", self.project),), ()
+            "sample", (build.Step("base", self.base),), (build.Step("project", self.project),)
         )
         monkeypatch.setattr(build, "ROOT", folder)
         monkeypatch.setattr(build, "VENVS", folder / "venvs")
@@ -148,3 +149,11 @@ def test_an_environment_without_its_interpreter_is_made_anew(builds: Builds) -> 
     builds.build()
     os.unlink(build.python_of(builds.environment.path))
     assert builds.build() == ["base", "project"]
+
+
+def test_a_python_too_old_is_refused_before_anything_is_made(builds: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_new = dataclasses.replace(builds.environment, python_min=(3, 99))
+    monkeypatch.setattr(build, "ENVIRONMENTS", {"sample": too_new})
+    with pytest.raises(build.BuildError, match=r"needs Python 3\.99 or later"):
+        builds.build()
+    assert builds.ran == []
