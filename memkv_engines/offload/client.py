@@ -97,6 +97,7 @@ class IoClient:
         self._results: list[LoadResult | StoreResult | ProbeDone] = []
         self._restarts = 0
         self._restart_at = 0.0
+        self._closed = False
 
     # --- life ----------------------------------------------------------------
 
@@ -158,7 +159,8 @@ class IoClient:
         raise IoServiceError(f"the I/O service was not ready after {SERVICE_START_TIMEOUT_S:.0f} s")
 
     def close(self) -> None:
-        """Let gathered stores finish, bounded, then end the service. Idempotent."""
+        """Let gathered stores finish, bounded, then end the service for good. Idempotent."""
+        self._closed = True
         backend, self._backend = self._backend, None
         starting, self._starting = self._starting, None
         if starting is not None:
@@ -220,7 +222,7 @@ class IoClient:
         now = time.monotonic()
         if any(p.deadline <= now for p in self._loads.values()):
             self._lose_service("a load is overdue")
-        if self._backend is None:
+        if self._backend is None and not self._closed:
             self._try_restart(now)
         results, self._results = self._results, []
         return results
