@@ -1,0 +1,555 @@
+"""The I/O service, once in a child process and once on threads: pages to chunks, chunks to other pages, and faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from memkv_engines.chunk.checksum import header_digest
+from memkv_engines.chunk.codec import Geometry, decode_header
+from memkv_engines.keys import Shard
+from memkv_engines.limits import MIB
+from memkv_engines.offload.client import IoClient
+from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, StoreChunk
+from tests.fast.io_samples import (
+    BLOCKS_PER_CHUNK,
+    Pool,
+    block_outermost,
+    layer_outermost,
+    load,
+    make_run,
+    make_store,
+    path_of,
+    probe,
+    setup_for,
+    started,
+    store,
+)
+from tests.fast.samples import NAMESPACE, SHARD, chain
+
+N = BLOCKS_PER_CHUNK
+PAGES = 24
+POOLS = {
+    "layers outermost": layer_outermost(0, PAGES, 12, 768),
+    "block outermost": block_outermost(1, PAGES, 8192),
+    "unaligned, padded": layer_outermost(2, PAGES, 5, 1001, gap_bytes=23),
+    "more pieces than one call takes": layer_outermost(3, PAGES, 1100, 24, gap_bytes=8),
+}
+POOL = POOLS["unaligned, padded"]
+
+
+class Service:
+    """A running service, its directory and an endless supply of prompts."""
+
+    def __init__(self, client: IoClient, root: Path, mode: str) -> None:
+        self.client, self.root, self.mode = client, root, mode
+        self._prompts = iter(range(1 << 30))
+
+    def prompt(self, blocks: int = N) -> list[bytes]:
+        return chain(blocks, f"{self.mode}{next(self._prompts)}")
+
+    def check_alive(self, pid: int | None) -> None:
+        assert (self.client.mode, self.client.child_pid) == ({"on": "process", "off": "thread"}[self.mode], pid)
+        hashes = self.prompt()
+        assert store(self.client, make_store(POOL, hashes, range(N))) == ("stored",)
+        check_load(
+            self.client, POOL, make_run(POOL, hashes, range(8, 8 + N)), dict(zip(range(8, 12), range(4), strict=True))
+        )
+
+
+@pytest.fixture(scope="module", params=["on", "off"])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    root = tmp_path_factory.mktemp("kv")
+    client = started(setup_for(root, list(POOLS.values())), request.param)
+    yield Service(client, root, request.param)
+    client.close()
+
+
+def check_load(
+    client: IoClient, pool: Pool, run: LoadRun, copies: dict[int, int], kind: str = "", good: int | None = None
+) -> None:
+    """Load, and compare every byte of every pool: pages (keys) now hold what others (values) do, and nothing else."""
+    others = [(p, p.memory.copy()) for p in POOLS.values() if p is not pool]
+    expected = pool.with_copies(pool.memory, copies)
+    result = load(client, run)
+    assert (result.kinds, result.good_blocks) == ((kind,), (len(copies) if good is None else good,))
+    assert (pool.memory == expected).all()
+    assert all((p.memory == before).all() for p, before in others)
+
+
+# ------------------------------------------------------------------------------------------------ there and back again
+
+
+@pytest.mark.parametrize("layout", POOLS)
+def test_blocks_come_back_into_other_pages(service: Service, layout: str) -> None:
+    pool, hashes = POOLS[layout], service.prompt(2 * N)
+    pages = [5, 0, 3, 7, 1, 1, 6, 2]  # any order, a page twice
+    chunks = [make_store(pool, hashes[:N], pages[:N]), make_store(pool, hashes[N:], pages[N:])]
+    assert store(service.client, *chunks) == ("stored", "stored")
+    target = [20, 11, 13, 12, 19, 9, 23, 10]
+    run = make_run(pool, hashes, target, chunk_count=2)
+    check_load(service.client, pool, run, dict(zip(target, pages, strict=True)))
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize("first", range(N))
+def test_any_blocks_of_a_chunk(service: Service, layout: str, first: int) -> None:
+    pool, hashes = POOLS[layout], service.prompt()
+    store(service.client, make_store(pool, hashes, range(N)))
+    for stop in range(first + 1, N + 1):
+        target = range(12 + first, 12 + stop)
+        run = make_run(pool, hashes[:stop], target, take_first=first, last=hashes[-1])
+        check_load(service.client, pool, run, dict(zip(target, range(first, stop), strict=True)))
+
+
+def test_a_run_that_starts_inside_its_first_chunk(service: Service) -> None:
+    hashes = service.prompt(3 * N)
+    store(service.client, *(make_store(POOL, hashes[i : i + N], range(i, i + N)) for i in (0, N, 2 * N)))
+    target = range(2 * N + 2, 2 * N + 2 + 10)
+    run = make_run(POOL, hashes, target, chunk_count=3, take_first=2)
+    # Two of the sources are overwritten by the load itself: the file has what they held before.
+    check_load(service.client, POOL, run, dict(zip(target, range(2, 12), strict=True)))
+
+
+def test_a_chunk_that_ends_beyond_the_prompt(service: Service) -> None:
+    hashes = service.prompt()
+    store(service.client, make_store(POOL, hashes, range(N)))
+    run = make_run(POOL, hashes[:3], [10, 11, 12], last=hashes[-1])
+    check_load(service.client, POOL, run, {10: 0, 11: 1, 12: 2})
+
+
+def test_a_chunk_with_holes_gives_what_follows_them(service: Service) -> None:
+    hashes = service.prompt()
+    store(service.client, make_store(POOL, hashes, [2, 3], holes=2))
+    run = make_run(POOL, hashes, [10, 11], take_first=2, holes=2)
+    check_load(service.client, POOL, run, {10: 2, 11: 3})
+    check_load(
+        service.client, POOL, make_run(POOL, hashes, [12, 13, 14], take_first=1, holes=2), {}, kind="damaged", good=0
+    )
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_a_chunk_longer_than_a_staging_slot_comes_in_pieces(mode: str, tmp_path: Path) -> None:
+    """An engine with longer chunks has written it."""
+    pool, hashes = block_outermost(0, 40, 200_000), chain(16)
+    writer = started(setup_for(tmp_path, [pool], groups=(pool.spec(blocks_per_chunk=16),)), "off")
+    assert store(writer, make_store(pool, hashes, range(16))) == ("stored",)
+    writer.close()
+    reader = started(setup_for(tmp_path, [pool], groups=(pool.spec(blocks_per_chunk=1),)), mode)
+    for first in (0, 5):
+        target = range(20 + first, 36)
+        run = make_run(pool, hashes, target, block_count=16, take_first=first)
+        check_load(reader, pool, run, dict(zip(target, range(first, 16), strict=True)))
+    flip(Geometry(16, 200_000, 16).block_offset(9))(path_of(tmp_path, pool, hashes))
+    run = make_run(pool, hashes, range(20, 36), block_count=16)
+    check_load(reader, pool, run, dict(zip(range(20, 29), range(9), strict=True)), kind="damaged")
+    reader.close()
+
+
+def test_groups_keep_apart(service: Service) -> None:
+    hashes = service.prompt()
+    one, other = POOLS["layers outermost"], POOLS["block outermost"]
+    store(service.client, make_store(one, hashes, range(N)), make_store(other, hashes, range(N)))
+    result = load(service.client, make_run(one, hashes, range(8, 12)), make_run(other, hashes, range(8, 12)))
+    assert (result.kinds, result.good_blocks) == (("", ""), (N, N))
+    assert [one.block(8 + i) for i in range(N)] == [one.block(i) for i in range(N)]
+    assert [other.block(8 + i) for i in range(N)] == [other.block(i) for i in range(N)]
+    check_load(service.client, POOL, make_run(POOL, hashes, range(8, 12)), {}, kind="missing")
+
+
+def test_what_a_slot_held_before_never_reaches_a_file(service: Service) -> None:
+    """Every slot is dirty by now; padding and holes must be zero all the same."""
+    dirty = POOLS["block outermost"]
+    for _ in range(8):
+        hashes = service.prompt()
+        store(service.client, make_store(dirty, hashes, range(N)))
+    hashes = service.prompt()
+    store(service.client, make_store(POOL, hashes, [4, 5], holes=2))
+    data = path_of(service.root, POOL, hashes, holes=2).read_bytes()
+    geometry = Geometry(N, POOL.block_bytes, 16)
+    assert len(data) == geometry.object_bytes
+    header = decode_header(data)
+    assert header.encode() == data[: geometry.header_bytes]
+    stride = geometry.block_stride_bytes
+    slots = [data[geometry.block_offset(i) : geometry.block_offset(i) + stride] for i in range(N)]
+    assert slots[:2] == [bytes(stride)] * 2
+    assert slots[2:] == [POOL.block(page).ljust(stride, b"\0") for page in (4, 5)]
+
+
+def test_stores_say_what_became_of_each_chunk(service: Service) -> None:
+    client, hashes = service.client, service.prompt()
+    chunk = make_store(POOL, hashes, range(N))
+    before = client.counters.as_dict()
+    assert store(client, chunk) == ("stored",)
+    assert store(client, chunk) == ("present",)
+    assert store(client, make_store(POOL, hashes, range(N), replace=True)) == ("stored",)
+    written = 2 * Geometry(N, POOL.block_bytes, 16).object_bytes
+    counted = {k: client.counters[k] - before.get(k, 0) for k in ("store_chunks", "store_present", "store_bytes")}
+    assert counted == {"store_chunks": 2, "store_present": 1, "store_bytes": written}
+    assert store(client) == ()
+
+
+# ----------------------------------------------------------------------------------------------------- faults on disk
+
+
+def rewrite(path: Path, change: Callable[[bytearray], bytearray | None]) -> None:
+    data = bytearray(path.read_bytes())
+    data = change(data) or data
+    path.write_bytes(data)
+
+
+def signed(data: bytearray) -> bytearray:
+    """The header's digest, made to match what the header says now."""
+    data[496:512] = header_digest([bytes(data[:496]), bytes(data[512 : GEOMETRY.header_bytes])])
+    return data
+
+
+def flip(offset: int) -> Callable[[Path], None]:
+    def change(data: bytearray) -> bytearray:
+        data[offset] ^= 1
+        return data
+
+    return lambda path: rewrite(path, change)
+
+
+def bump_version(path: Path) -> None:
+    def change(data: bytearray) -> bytearray:
+        struct.pack_into("<H", data, 8, 2)
+        return signed(data)
+
+    rewrite(path, change)
+
+
+def change_namespace(path: Path) -> None:
+    def change(data: bytearray) -> bytearray:
+        at = bytes(data).index(NAMESPACE.digest)
+        data[at : at + 32] = NAMESPACE.derive(adapter="x").digest
+        return signed(data)
+
+    rewrite(path, change)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_suffix(".aside"))
+    path.symlink_to(path.with_suffix(".aside").name)
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+GEOMETRY = Geometry(N, POOL.block_bytes, 16)
+FAULTS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
+    "a bit of the magic": (flip(0), "foreign", True),
+    "a bit of the header": (flip(40), "damaged", True),
+    "a bit of the header's length": (flip(13), "truncated", True),
+    "a bit of the block table": (flip(512 + 96 + 3), "damaged", True),
+    "a bit after the block table": (flip(GEOMETRY.header_bytes - 1), "damaged", True),
+    "cut in the payload": (lambda path: os.truncate(path, GEOMETRY.object_bytes - 1), "truncated", True),
+    "cut in the header": (lambda path: os.truncate(path, 100), "truncated", True),
+    "empty": (lambda path: os.truncate(path, 0), "truncated", True),
+    "longer": (lambda path: os.truncate(path, GEOMETRY.object_bytes + 4096), "foreign", True),
+    "gone": (lambda path: path.unlink(), "missing", True),
+    "another namespace": (change_namespace, "foreign", True),
+    "a later version": (bump_version, "version", False),
+    "a link": (link, "foreign", True),
+    "a folder": (make_folder, "foreign", False),
+    "a pipe": (make_pipe, "foreign", True),
+}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_file_is_a_counted_miss_and_touches_no_page(service: Service, fault: str, first: int) -> None:
+    damage, kind, removed = FAULTS[fault]
+    hashes = service.prompt()
+    store(service.client, make_store(POOL, hashes, range(N)))
+    path = path_of(service.root, POOL, hashes)
+    damage(path)
+    before = service.client.counters[f"miss_{kind}"]
+    run = make_run(POOL, hashes, range(12 + first, 16), take_first=first)
+    check_load(service.client, POOL, run, {}, kind=kind)
+    assert service.client.counters[f"miss_{kind}"] == before + 1
+    assert os.path.lexists(path) != removed
+
+
+@pytest.mark.parametrize("first", range(N))
+@pytest.mark.parametrize("bad", range(N))
+def test_blocks_before_a_damaged_one_are_good(service: Service, bad: int, first: int) -> None:
+    hashes = service.prompt()
+    store(service.client, make_store(POOL, hashes, range(N)))
+    path = path_of(service.root, POOL, hashes)
+    flip(GEOMETRY.block_offset(bad) + POOL.block_bytes - 1)(path)
+    good = range(first, bad) if bad >= first else range(first, N)
+    kind = "damaged" if bad >= first else ""
+    run = make_run(POOL, hashes, range(12 + first, 16), take_first=first)
+    check_load(service.client, POOL, run, {12 + i: i for i in good}, kind=kind)
+    assert path.exists() == (not kind)
+
+
+def test_padding_may_hold_anything(service: Service) -> None:
+    hashes = service.prompt()
+    store(service.client, make_store(POOL, hashes, range(N)))
+    flip(GEOMETRY.block_offset(1) - 1)(path_of(service.root, POOL, hashes))
+    check_load(service.client, POOL, make_run(POOL, hashes, range(12, 16)), {12 + i: i for i in range(N)})
+
+
+def test_a_bad_chunk_ends_its_run_but_not_the_others(service: Service) -> None:
+    hashes, second = service.prompt(3 * N), service.prompt()
+    for start in (0, N, 2 * N):
+        store(service.client, make_store(POOL, hashes[start : start + N], range(N)))
+    store(service.client, make_store(POOL, second, range(N)))
+    flip(GEOMETRY.block_offset(2))(path_of(service.root, POOL, hashes[N : 2 * N]))
+    before = [POOL.block(page) for page in range(PAGES)]
+    runs = make_run(POOL, hashes, range(8, 20), chunk_count=3), make_run(POOL, second, range(20, 24))
+    result = load(service.client, *runs)
+    assert (result.good_blocks, result.kinds) == ((N + 2, N), ("damaged", ""))
+    after = [POOL.block(page) for page in range(PAGES)]
+    assert after[8:14] == [before[i % N] for i in range(6)]
+    assert after[20:] == before[:N]
+    assert after[:8] + after[14:16] == before[:8] + before[14:16]
+    # The third chunk is good, and may or may not have been loaded by another thread: no one is told that it was.
+    assert all(after[16 + i] in (before[i], before[16 + i]) for i in range(N))
+
+
+# --------------------------------------------------------------------------------------------------- senseless messages
+
+HASHES = chain(N, "malformed")
+
+
+def run_with(**changes: object) -> LoadRun:
+    good = make_run(POOL, HASHES, range(12, 16))
+    values = {field: getattr(good, field) for field in LoadRun.__struct_fields__}
+    return LoadRun(**{**values, **changes})  # type: ignore[arg-type]
+
+
+BAD_RUNS = {
+    "ragged hashes": run_with(hashes=b"x" * 33),
+    "ragged pages": run_with(block_ids=b"x" * 15),
+    "fewer pages than blocks": run_with(block_ids=bytes(4)),
+    "no pages": run_with(block_ids=b"", hashes=b"", last=bytes(16)),
+    "a negative first block": run_with(take_first=-1, block_ids=bytes(20)),
+    "a first block beyond the chunk": run_with(take_first=4, block_ids=b"", last=bytes(16)),
+    "no chunk": run_with(chunk_count=0),
+    "chunks without hashes": run_with(chunk_count=2**40),
+    "a named chunk among others": run_with(chunk_count=2, last=bytes(16)),
+    "a named chunk with more blocks than it has": run_with(block_count=2, last=bytes(16)),
+    "a short name": run_with(last=b"x"),
+    "an unknown group": run_with(group=9),
+    "a negative group": run_with(group=-1),
+    "a short namespace": run_with(namespace=b"x"),
+    "a page outside the pool": run_with(block_ids=(b"\xff\xff\xff\x7f" * N)),
+    "a negative page": run_with(block_ids=(b"\xff" * 4 * N)),
+    "more holes than blocks": run_with(holes=9),
+    "negative holes": run_with(holes=-1),
+    "a chunk of no size": run_with(block_count=0, last=bytes(16)),
+    "a chunk of impossible size": run_with(block_count=2**62, last=bytes(16)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RUNS)
+def test_a_senseless_load_fails_alone(service: Service, what: str) -> None:
+    pid = service.client.child_pid
+    if what == "a page outside the pool" or what == "a negative page":
+        store(service.client, make_store(POOL, HASHES, range(N)))  # else it is only missing
+    result = load(service.client, BAD_RUNS[what])
+    assert result.good_blocks == (0,)
+    assert result.kinds[0]
+    service.check_alive(pid)
+
+
+def chunk_with(**changes: object) -> StoreChunk:
+    good = make_store(POOL, HASHES, range(N))
+    values = {field: getattr(good, field) for field in StoreChunk.__struct_fields__}
+    return StoreChunk(**{**values, **changes})  # type: ignore[arg-type]
+
+
+BAD_CHUNKS = {
+    "nothing": chunk_with(hashes=b"", block_ids=()),
+    "ragged hashes": chunk_with(hashes=b"x" * 31),
+    "a hash too few": chunk_with(hashes=b"".join(HASHES[:3])),
+    "only holes": chunk_with(holes=N, block_ids=()),
+    "negative holes": chunk_with(holes=-1, block_ids=tuple(range(N + 1))),
+    "an unknown group": chunk_with(group=9),
+    "a short namespace": chunk_with(namespace=b"x"),
+    "a page outside the pool": chunk_with(block_ids=(0, 1, 2, PAGES)),
+    "a negative page": chunk_with(block_ids=(0, 1, 2, -1)),
+    "a page beyond all numbers": chunk_with(block_ids=(0, 1, 2, 2**64 - 1)),
+    "a negative position": chunk_with(first_position=-1),
+    "more blocks than a chunk has": chunk_with(hashes=b"".join(chain(5000)), block_ids=(0,) * 5000),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CHUNKS)
+def test_a_senseless_store_fails_alone(service: Service, what: str) -> None:
+    pid, hashes = service.client.child_pid, service.prompt()
+    good = make_store(POOL, hashes, range(N))
+    assert store(service.client, BAD_CHUNKS[what], good) == ("failed", "stored")
+    service.check_alive(pid)
+
+
+def probe_with(number: int = 1, **changes: object) -> Probe:
+    values: dict[str, object] = {
+        "namespace": NAMESPACE.digest,
+        "group": POOL.group,
+        "blocks_per_chunk": N,
+        "start": 0,
+        "need_from": 0,
+        "hashes": b"".join(chain(N, "never stored")),
+        "shards": (SHARD.as_tuple(),),
+    }
+    return Probe(number, **{**values, **changes})  # type: ignore[arg-type]
+
+
+BAD_PROBES = {
+    "ragged hashes": probe_with(hashes=b"x" * 31),
+    "chunks of no blocks": probe_with(blocks_per_chunk=0),
+    "chunks of too many blocks": probe_with(blocks_per_chunk=2**62),
+    "no shards": probe_with(shards=()),
+    "an impossible shard": probe_with(shards=((1, 1, 1, 0, 1, 1),)),
+    "a negative start": probe_with(start=-1),
+    "a short namespace": probe_with(namespace=b"x"),
+    "no hashes": probe_with(hashes=b""),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PROBES)
+def test_a_senseless_probe_finds_nothing(service: Service, what: str) -> None:
+    pid = service.client.child_pid
+    assert probe(service.client, BAD_PROBES[what]).segments == ()
+    service.check_alive(pid)
+
+
+@pytest.mark.parametrize("fields", [b"", b"{", b"[1]", b"1", b"{}", b"\xff", b'{"format_version":7}', b'{"a":1e999}'])
+def test_a_senseless_manifest_is_passed_over(service: Service, fields: bytes) -> None:
+    pid = service.client.child_pid
+    service.client.submit_manifest(Manifest(fields))
+    assert probe(service.client, probe_with(7, hashes=b"")).probe_id == 7
+    service.check_alive(pid)
+
+
+def test_a_manifest_is_written(service: Service) -> None:
+    service.client.submit_manifest(Manifest(json.dumps(dict(NAMESPACE.fields)).encode()))
+    probe(service.client, probe_with(8, hashes=b""))
+    assert (service.root / NAMESPACE.folder / "manifest.json").read_bytes() == NAMESPACE.canonical_json
+
+
+def test_empty_jobs_are_answered(service: Service) -> None:
+    assert load(service.client).kinds == ()
+    assert store(service.client) == ()
+
+
+# --------------------------------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_stores_are_shed_when_staging_is_full(mode: str, tmp_path: Path) -> None:
+    pool = block_outermost(0, 8, MIB)
+    client = started(setup_for(tmp_path, [pool], staging_bytes=8 * MIB, io_threads=1), mode)
+    prompts = [chain(N, f"shed{i}") for i in range(24)]
+    outcomes = store(client, *(make_store(pool, hashes, range(N)) for hashes in prompts))
+    assert set(outcomes) == {"stored", "shed"}
+    assert client.counters["store_shed"] == outcomes.count("shed")
+    assert client.counters["store_chunks"] == outcomes.count("stored") == len(list(tmp_path.rglob("*.kv")))
+    # There is room again.
+    hashes = prompts[outcomes.index("shed")]
+    assert store(client, make_store(pool, hashes, range(N))) == ("stored",)
+    client.close()
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_stores_stop_at_the_capacity(mode: str, tmp_path: Path) -> None:
+    size = GEOMETRY.object_bytes
+    client = started(setup_for(tmp_path, [POOL], capacity_bytes=2 * size + size // 2), mode)
+    outcomes = [store(client, make_store(POOL, chain(N, f"full{i}"), range(N)))[0] for i in range(4)]
+    assert outcomes == ["stored", "stored", "full", "full"]
+    assert client.counters["store_full"] == 2
+    assert load(client, make_run(POOL, chain(N, "full0"), range(12, 16))).kinds == ("",)
+    client.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- probes
+
+
+def found(service: Service, hashes: Sequence[bytes], **changes: object) -> list[tuple[int, int, int, int]]:
+    """What a probe finds: position, blocks, holes and blocks taken of each segment."""
+    result: ProbeDone = probe(service.client, probe_with(hashes=b"".join(hashes), **changes))
+    return [(s.position, s.block_count, s.holes, s.take) for s in result.segments]
+
+
+def put(service: Service, hashes: Sequence[bytes], holes: int = 0) -> None:
+    pages = [i % PAGES for i in range(len(hashes) - holes)]
+    assert store(service.client, make_store(POOL, hashes, pages, holes=holes)) == ("stored",)
+
+
+def test_a_probe_walks_full_chunks_and_a_tail(service: Service) -> None:
+    hashes = service.prompt(3 * N + 1)
+    assert found(service, hashes) == []
+    for start in (0, N):
+        put(service, hashes[start : start + N])
+    assert found(service, hashes) == [(0, N, 0, N), (N, N, 0, N)]
+    assert found(service, hashes[N:], start=N) == [(N, N, 0, N)]
+    put(service, hashes[2 * N : 2 * N + 3])
+    assert found(service, hashes) == [(0, N, 0, N), (N, N, 0, N), (2 * N, 3, 0, 3)]
+    # The prompt ends, or diverges, inside a chunk.
+    assert found(service, hashes[:2]) == [(0, N, 0, 2)]
+    assert found(service, [*hashes[: N + 1], *chain(5, "else")]) == [(0, N, 0, N), (N, N, 0, 1)]
+    assert found(service, chain(N, "else")) == []
+
+
+def test_of_several_variants_the_one_that_shares_most(service: Service) -> None:
+    hashes = service.prompt(N)
+    put(service, [hashes[0], *chain(3, "b")])
+    put(service, [*hashes[:3], *chain(1, "c")])
+    put(service, [*hashes[:2], *chain(2, "d")])
+    assert found(service, hashes) == [(0, N, 0, 3)]
+    put(service, hashes)
+    assert found(service, hashes) == [(0, N, 0, N)]
+
+
+def test_a_tail_is_followed_by_what_begins_after_it(service: Service) -> None:
+    hashes = service.prompt(N + 3)
+    put(service, hashes[:2])
+    put(service, hashes[2 : 2 + N])
+    assert found(service, hashes) == [(0, 2, 0, 2), (2, N, 0, N)]
+
+
+def test_holes_are_taken_only_where_nothing_is_needed(service: Service) -> None:
+    hashes = service.prompt(2 * N)
+    put(service, hashes[:N], holes=2)
+    put(service, hashes[N:])
+    assert found(service, hashes) == []
+    assert found(service, hashes, need_from=1) == []
+    assert found(service, hashes, need_from=2) == [(0, N, 2, N), (N, N, 0, N)]
+    assert found(service, hashes[:2], need_from=2) == []
+
+
+def test_a_hit_needs_every_shard(service: Service) -> None:
+    hashes = service.prompt(N)
+    other = Shard(SHARD.head_first, 1, 9, 0, 30, 30)
+    put(service, hashes)
+    shards = (SHARD.as_tuple(), other.as_tuple())
+    assert found(service, hashes, shards=shards) == found(service, hashes, shards=shards[::-1]) == []
+    source = path_of(service.root, POOL, hashes)
+    os.link(source, source.with_name(source.name.replace(SHARD.text, other.text)))
+    assert found(service, hashes, shards=shards) == [(0, N, 0, N)]
+    # The first shard's header says how much of a variant is shared.
+    assert found(service, hashes[:3], shards=shards) == [(0, N, 0, 3)]
+
+
+def test_a_variant_with_a_senseless_header_is_not_believed(service: Service) -> None:
+    hashes = service.prompt(N)
+    put(service, hashes)
+    flip(600)(path_of(service.root, POOL, hashes))
+    assert found(service, hashes[:3]) == []
