@@ -1,8 +1,8 @@
 """What is known to be stored: a bounded, compact hash table probed by the thousand in a few NumPy calls.
 
-A chunk is keyed by the chain hash of its last block (16 of its 32 bytes), its length and its group: a chain hash fixes
-everything before it, so the first block need not be asked for. Chunks that start at a block but end elsewhere
-(variants) are kept apart, in ``variants.py``.
+A chunk is keyed by the chain hash of its last block (bytes 0-7 choose the bucket, 8-15 are compared), its length and
+its group: a chain hash fixes everything before it, so the first block need not be asked for. Chunks that start at a
+block but end elsewhere (variants) are kept apart, in ``variants.py``.
 
 Back of the envelope, a prompt of 100,000 tokens in blocks of 16, 2 blocks a chunk: 3,125 keys. A dictionary costs
 about 150 ns a key on fresh hash objects in a table that does not fit the cache (hash, slot, key, value), so 470 us.

@@ -1,0 +1,521 @@
+"""Look-ups against a tier that really holds chunks: never more than is stored, and all of it where that is promised."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memkv_engines.keys import ChunkKey, ChunkName, Shard
+from memkv_engines.limits import KEY_BYTES
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup, Run
+from memkv_engines.offload.messages import Probe, ProbeDone
+from memkv_engines.offload.probing import ChainWalk
+from memkv_engines.tier.memory import MemoryTier
+from tests.fast.samples import NAMESPACE, SHARD, aligned, chain, chain_hash, make_chunk
+from tests.fast.test_index import Clock
+
+N, TOKENS = 4, 16
+GROUP = GroupView(0, TOKENS, N, (SHARD,))
+
+
+class World:
+    """A look-up, the tier it asks, and a prober that answers when told.
+
+    Args:
+        groups: KV groups.
+        options: changes to the look-up's settings.
+    """
+
+    def __init__(self, groups: Sequence[GroupView] = (GROUP,), **options: Any) -> None:
+        self.clock, self.counters, self.tier = Clock(), Counters(), MemoryTier()
+        self.groups = tuple(groups)
+        self.sent: list[Probe] = []
+        self._next = 0
+        settings: dict[str, Any] = {
+            "align_tokens": max(g.block_tokens for g in groups),
+            "index_entries": 1024,
+            "hit_ttl_s": 100.0,
+            "miss_ttl_s": 2.0,
+            "probe_timeout_s": 0.25,
+        }
+        self.lookup = PrefixLookup(
+            groups, send=self.sent.append, counters=self.counters, clock=self.clock, **{**settings, **options}
+        )
+
+    def put(self, hashes: Sequence[bytes], *, holes: int = 0, group: int = 0, shard: Shard = SHARD) -> ChunkName:
+        """Store a chunk of these blocks, with a header that says so."""
+        key = ChunkKey(NAMESPACE.digest, hashes[0], hashes[-1], len(hashes), group, shard, holes)
+        header, _ = make_chunk(len(hashes), 64)
+        rows = tuple(
+            type(row)(own, row.digest if i >= holes else bytes(16), i >= holes)
+            for i, (row, own) in enumerate(zip(header.blocks, hashes, strict=True))
+        )
+        view = aligned(type(header)(key, header.geometry, 0, rows).encode())
+        self.tier.put(NAMESPACE.folder, key.name, [view])
+        return key.name
+
+    def answer(self) -> int:
+        """Answer the probes that are under way; returns how many there were."""
+        probes, self.sent[:] = list(self.sent), []
+        for probe in probes:
+            self.lookup.take_probe(ProbeDone(probe.probe_id, tuple(ChainWalk(probe, self.tier).run()), 1))
+        return len(probes)
+
+    def ask(self, *hashes: Sequence[bytes], computed: int = 0, request: str = "") -> Hit:
+        """Ask until there is an answer, as a scheduler does."""
+        self._next += 1
+        name = request or f"request {self._next}"
+        for _ in range(100):
+            hit = self.ask_once(*hashes, computed=computed, request=name)
+            if hit is not None:
+                return hit
+            assert self.answer(), "told to ask again, but nothing is under way"
+        pytest.fail("never answered")
+
+    def ask_once(self, *hashes: Sequence[bytes], computed: int = 0, request: str = "r") -> Hit | None:
+        return self.lookup.ask(request, hashes, computed, NAMESPACE.digest)
+
+
+def covered(hit: Hit, group: GroupView, hashes: Sequence[bytes], tier: MemoryTier) -> set[int]:
+    """Blocks a hit gives, each checked to be in the tier with the same chain hash."""
+    blocks: set[int] = set()
+    for run in hit.runs.get(group.group, ()):
+        blocks |= check_run(run, group, hashes, tier)
+    return blocks
+
+
+def check_run(run: Run, group: GroupView, hashes: Sequence[bytes], tier: MemoryTier) -> set[int]:
+    assert 0 < run.take <= run.block_count * run.chunk_count
+    if run.last:
+        assert run.chunk_count == 1
+    else:
+        assert run.take == run.block_count * run.chunk_count
+    blocks = set()
+    for number in range(run.chunk_count):
+        start = run.position + number * run.block_count
+        own = hashes[start : min(start + run.block_count, run.position + run.take)]
+        last = run.last or own[-1][:KEY_BYTES]
+        holes = run.holes if not number else 0
+        for shard in group.shards:
+            name = ChunkName(own[0][:KEY_BYTES], last, run.block_count, holes, group.group, shard.text)
+            with tier.open(NAMESPACE.folder, name) as reader:
+                view = aligned(bytes(reader.object_bytes))
+                reader.read([view], 0)
+            stored = [bytes(view[512 + 96 * i : 544 + 96 * i]) for i in range(run.block_count)]
+            assert stored[: len(own)] == list(own)
+        blocks |= set(range(start + holes, start + len(own)))
+    return blocks
+
+
+def check(world: World, hit: Hit, hashes: Sequence[bytes], computed: int) -> int:
+    """The hit is made of stored blocks without a gap; returns the first block it does not reach."""
+    assert hit.tokens % TOKENS == 0
+    have = covered(hit, GROUP, hashes, world.tier)
+    first, end = computed // TOKENS, max(hit.tokens, computed) // TOKENS
+    assert set(range(first, end)) <= have
+    return end
+
+
+def reachable(names: set[tuple[int, tuple[bytes, ...]]], hashes: Sequence[bytes]) -> int:
+    """Where a walk over all chunks that start where another ends may end at most: brute force."""
+    best, starts, seen = 0, [0], {0}
+    while starts:
+        start = starts.pop()
+        for position, blocks in names:
+            if position != start:
+                continue
+            shared = _shared(blocks, hashes[start:])
+            best = max(best, start + shared)
+            if shared == len(blocks) and start + shared not in seen:
+                seen.add(start + shared)
+                starts.append(start + shared)
+    return best
+
+
+def greedy_ends(names: set[tuple[int, tuple[bytes, ...]]], hashes: Sequence[bytes], start: int = 0) -> set[int]:
+    """Where a walk may end that takes the full chunk, or else what shares most blocks: brute force over ties."""
+    here = [blocks for position, blocks in names if position == start]
+    full = [blocks for blocks in here if len(blocks) == N and list(blocks) == hashes[start : start + N]]
+    shared = {blocks: _shared(blocks, hashes[start:]) for blocks in full or here}
+    most = max(shared.values(), default=0)
+    if not most:
+        return {start}
+    ends: set[int] = set()
+    for blocks, count in shared.items():
+        if count == most:
+            ends |= greedy_ends(names, hashes, start + most) if most == len(blocks) else {start + most}
+    return ends
+
+
+def _shared(blocks: Sequence[bytes], own: Sequence[bytes]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(blocks, own, strict=False)) if a != b), min(len(blocks), len(own)))
+
+
+def prompt(path: str) -> list[bytes]:
+    """Hashes of a prompt whose blocks are letters: a hash tells all letters up to it."""
+    return [chain_hash(i, path[: i + 1]) for i in range(len(path))]
+
+
+paths = st.text("ab", min_size=1, max_size=18)
+grid_chunks = st.tuples(paths, st.integers(0, 4), st.just(N))
+tails = st.tuples(paths, st.integers(0, 4), st.integers(1, N - 1))
+
+
+# ------------------------------------------------------------------------------------------------------ the whole truth
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(grid_chunks, tails), max_size=12), st.lists(st.tuples(paths, st.integers(0, 18)), max_size=4))
+def test_a_hit_is_all_that_chunks_on_the_grid_cover(
+    stored: list[tuple[str, int, int]], asked: list[tuple[str, int]]
+) -> None:
+    world, names = World(), set()
+    for path, chunk, count in stored:
+        own = prompt(path)[chunk * N : chunk * N + count]
+        if own:
+            world.put(own)
+            names.add((chunk * N, tuple(own)))
+    for number, (path, blocks) in enumerate(asked):
+        hashes = prompt(path)
+        computed = 0 if not number else min(blocks, len(hashes))
+        end = check(world, world.ask(hashes, computed=computed * TOKENS), hashes, computed * TOKENS)
+        assert end <= max(computed, reachable(names, hashes))
+        if not number:
+            # Later prompts may be answered by what the look-up knows already, which can be less.
+            assert end in greedy_ends(names, hashes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(paths, st.integers(0, 17), st.integers(1, 9)), max_size=12),
+    st.lists(st.tuples(paths, st.integers(0, 18)), min_size=1, max_size=6),
+    st.integers(1, 6),
+)
+def test_never_more_than_is_stored_whatever_the_chunks(
+    stored: list[tuple[str, int, int]], asked: list[tuple[str, int]], align: int
+) -> None:
+    """Chunks of any length anywhere, as other settings write them."""
+    world = World(align_tokens=align * TOKENS)
+    for path, start, count in stored:
+        own = prompt(path)[start : start + count]
+        if own:
+            world.put(own)
+    for path, blocks in asked:
+        hashes = prompt(path)
+        computed = min(blocks, len(hashes)) * TOKENS
+        hit = world.ask(hashes, computed=computed)
+        check(world, hit, hashes, computed)
+        assert hit.tokens % (align * TOKENS) == 0 or hit.tokens <= computed
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(paths, st.integers(0, 4), st.integers(1, N)), max_size=10), paths)
+def test_what_was_stored_here_is_known_without_a_probe(stored: list[tuple[str, int, int]], path: str) -> None:
+    world, names = World(), set()
+    for own_path, chunk, count in stored:
+        own = prompt(own_path)[chunk * N : chunk * N + count]
+        if own:
+            world.put(own)
+            world.lookup.learn(0, own, 0)
+            names.add((chunk * N, tuple(own)))
+    hashes = prompt(path)
+    world.ask_once(hashes)
+    world.sent.clear()
+    world.clock.now += 1  # the deadline passes without an answer
+    hit = world.ask_once(hashes)
+    assert hit is not None
+    end = check(world, hit, hashes, 0)
+    assert end in greedy_ends(names, hashes)
+
+
+def test_a_missing_chunk_in_the_middle_ends_the_hit() -> None:
+    world, hashes = World(), chain(4 * N)
+    for chunk in (0, 1, 3):
+        world.put(hashes[chunk * N : (chunk + 1) * N])
+    assert world.ask(hashes).tokens == 2 * N * TOKENS
+    assert world.ask(hashes, computed=3 * N * TOKENS).tokens == 4 * N * TOKENS
+
+
+def test_an_engine_that_has_part_of_a_chunk_gets_the_rest() -> None:
+    world, hashes = World(), chain(2 * N)
+    world.put(hashes[:N])
+    world.put(hashes[N:])
+    hit = world.ask(hashes, computed=(N + 1) * TOKENS)
+    assert hit == Hit(2 * N * TOKENS, {0: (Run(N, N, 1, 0, b"", N),)})
+
+
+def test_chunks_longer_than_ours_are_used() -> None:
+    world, hashes = World(), chain(12)
+    world.put(hashes[:10])
+    assert world.ask(hashes).tokens == 10 * TOKENS
+    assert world.ask(hashes[:7]).tokens == 7 * TOKENS
+    # From a position that is none of its starts it is found from the beginning.
+    assert world.ask(hashes, computed=5 * TOKENS).tokens == 10 * TOKENS
+
+
+# -------------------------------------------------------------------------------------------------------------- probing
+
+
+def test_one_probe_a_prompt_and_none_once_it_is_known() -> None:
+    world, hashes = World(), chain(3 * N)
+    for chunk in range(3):
+        world.put(hashes[chunk * N : (chunk + 1) * N])
+    assert world.ask_once(hashes) is None
+    assert [world.ask_once(hashes) for _ in range(5)] == [None] * 5
+    assert len(world.sent) == 1
+    world.answer()
+    for request in ("r", "another"):
+        assert world.ask_once(hashes, request=request) == Hit(3 * N * TOKENS, {0: (Run(0, N, 3, 0, b"", 3 * N),)})
+    assert (world.sent, world.counters["probe_requests"]) == ([], 1)
+
+
+def test_a_miss_is_remembered_for_a_while() -> None:
+    world, hashes = World(), chain(N)
+    assert world.ask(hashes).tokens == 0
+    assert world.ask_once(hashes, request="b") == Hit(0, {0: ()})
+    world.clock.now += 2.1
+    world.put(hashes)
+    assert world.ask_once(hashes, request="c") is None
+    world.answer()
+    hit = world.ask_once(hashes, request="c")
+    assert hit is not None and hit.tokens == N * TOKENS
+    assert world.counters["probe_requests"] == 2
+
+
+def test_no_answer_in_time_is_a_counted_miss_and_a_late_answer_is_learned() -> None:
+    world, hashes = World(), chain(N)
+    world.put(hashes)
+    assert world.ask_once(hashes) is None
+    world.clock.now += 0.24
+    assert world.ask_once(hashes) is None
+    world.clock.now += 0.02
+    assert world.ask_once(hashes) == Hit(0, {0: ()})
+    assert world.counters["probe_timeouts"] == 1
+    assert [world.ask_once(hashes) for _ in range(3)] == [Hit(0, {0: ()})] * 3
+    # Nobody else waits for a tier that is silent.
+    assert world.ask_once(hashes, request="b") == Hit(0, {0: ()})
+    assert len(world.sent) == 1
+    world.answer()
+    for request in ("r", "b", "c"):
+        hit = world.ask_once(hashes, request=request)
+        assert hit is not None and hit.tokens == N * TOKENS
+    assert world.sent == []
+
+
+def test_silence_ends() -> None:
+    world = World()
+    assert world.ask_once(chain(N)) is None
+    world.clock.now += 0.3
+    assert world.ask_once(chain(N)) == Hit(0, {0: ()})
+    world.clock.now += 60
+    assert world.ask_once(chain(N, "b"), request="b") is None
+
+
+def test_a_request_that_goes_leaves_nothing_behind() -> None:
+    world, hashes = World(), chain(N)
+    world.put(hashes)
+    assert world.ask_once(hashes) is None
+    world.lookup.forget_request("r")
+    world.lookup.forget_request("unknown")
+    assert (world.lookup._asked, world.lookup._probes) == ({}, {})
+    world.answer()
+    hit = world.ask_once(hashes, request="b")
+    assert hit is not None and hit.tokens == N * TOKENS
+
+
+def test_known_hits_expire_and_are_asked_for_again() -> None:
+    world, hashes = World(), chain(N + 1)
+    name = world.put(hashes[:N])
+    tail = world.put(hashes[N:])
+    assert world.ask(hashes).tokens == (N + 1) * TOKENS
+    world.tier.remove(NAMESPACE.folder, name)
+    world.tier.remove(NAMESPACE.folder, tail)
+    assert world.ask(hashes).tokens == (N + 1) * TOKENS  # believed
+    world.clock.now += 102
+    for _ in range(10):
+        world.lookup.index.sweep()
+    assert world.ask(hashes).tokens == 0
+    assert world.counters["probe_requests"] == 2
+
+
+def test_a_bad_chunk_is_not_advertised_until_it_is_written_again() -> None:
+    world, hashes = World(), chain(3 * N)
+    for chunk in range(3):
+        world.put(hashes[chunk * N : (chunk + 1) * N])
+    assert world.ask(hashes).tokens == 3 * N * TOKENS
+    bad = hashes[N : 2 * N]
+    world.lookup.forget_chunk(0, bad[0], bad[-1], N)
+    for _ in range(3):
+        assert world.ask(hashes).tokens == N * TOKENS
+        world.clock.now += 5  # the prober sees the file, and is not believed
+    assert world.counters["probe_requests"] > 1
+    world.lookup.learn(0, bad, 0)
+    assert world.ask(hashes).tokens == 3 * N * TOKENS
+
+
+def test_a_bad_tail_is_not_advertised_either() -> None:
+    world, hashes = World(), chain(N + 2)
+    world.put(hashes[:N])
+    world.put(hashes[N:])
+    assert world.ask(hashes).tokens == (N + 2) * TOKENS
+    world.lookup.forget_chunk(0, hashes[N], hashes[-1], 2)
+    assert world.ask(hashes).tokens == N * TOKENS
+
+
+def test_nothing_is_asked_where_nothing_can_be_gained() -> None:
+    world, hashes = World(), chain(N + 1)
+    assert world.ask_once(hashes, computed=(N + 1) * TOKENS) == Hit((N + 1) * TOKENS, {0: ()})
+    assert world.ask_once([]) == Hit(0, {0: ()})
+    assert world.sent == []
+
+
+def test_answers_that_contradict_themselves_teach_nothing() -> None:
+    world, hashes = World(), chain(2 * N)
+    world.put(hashes[:N])
+    assert world.ask_once(hashes) is None
+    (probe,) = world.sent
+    good = ChainWalk(probe, world.tier).run()[0]
+    for changes in (
+        {"position": 1},
+        {"take": 0},
+        {"take": 9},
+        {"last": b"short"},
+        {"block_count": 2},
+        {"position": 99},
+    ):
+        values = {field: getattr(good, field) for field in type(good).__struct_fields__}
+        world.lookup._probes[probe.probe_id] = ("r", 0, hashes, 0)
+        world.lookup.take_probe(ProbeDone(probe.probe_id, (type(good)(**{**values, **changes}),), 1))
+        assert len(world.lookup.index) == 0
+    world.lookup.take_probe(ProbeDone(4711, (good,), 1))
+    assert len(world.lookup.index) == 0
+
+
+def test_probes_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memkv_engines.offload.lookup.MAX_PROBES_IN_FLIGHT", 3)
+    world = World()
+    answers = [world.ask_once(chain(N, str(i)), request=str(i)) for i in range(5)]
+    assert answers == [None] * 3 + [Hit(0, {0: ()})] * 2
+    for i in range(3):
+        world.lookup.forget_request(str(i))
+    assert [world.ask_once(chain(N, f"x{i}"), request=f"x{i}") for i in range(3)] == [None] * 3
+    assert len(world.lookup._late) <= 3
+
+
+def test_clearing_forgets_what_is_under_way_too() -> None:
+    world, hashes = World(), chain(N)
+    world.put(hashes)
+    world.ask(hashes)
+    world.ask_once(chain(N, "b"), request="b")
+    world.lookup.clear()
+    world.answer()
+    assert len(world.lookup.index) == 0
+    assert world.ask_once(hashes, request="c") is None
+
+
+# -------------------------------------------------------------------------------------- windows, groups, shards, bounds
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sets(st.integers(0, 5)),
+    st.sets(st.tuples(st.integers(0, 5), st.integers(0, N - 1))),
+    st.integers(1, 6 * N),
+    st.integers(1, 7),
+)
+def test_a_window_group_needs_only_its_window(
+    full: set[int], windowed: set[tuple[int, int]], blocks: int, window_blocks: int
+) -> None:
+    window = GroupView(1, TOKENS, N, (SHARD,), window_tokens=window_blocks * TOKENS)
+    world, hashes = World([GROUP, window]), chain(6 * N)
+    for chunk in full:
+        world.put(hashes[chunk * N : (chunk + 1) * N])
+    for chunk, holes in windowed:
+        world.put(hashes[chunk * N : (chunk + 1) * N], holes=holes, group=1)
+    own = hashes[:blocks]
+    hit = world.ask(own, own)
+    end = hit.tokens // TOKENS
+    assert set(range(end)) <= covered(hit, GROUP, own, world.tier)
+    if end:
+        need = max(0, hit.tokens - window.window_tokens + 1) // TOKENS
+        assert set(range(need, end)) <= covered(hit, window, own, world.tier)
+    # Where every chunk is there without holes, nothing is lost.
+    if full == set(range(6)) and {c for c, holes in windowed if not holes} == full:
+        assert end == blocks
+
+
+def test_a_window_hit_does_not_need_what_lies_before() -> None:
+    window = GroupView(1, TOKENS, N, (SHARD,), window_tokens=2 * TOKENS)
+    world, hashes = World([GROUP, window]), chain(3 * N)
+    for chunk in range(3):
+        world.put(hashes[chunk * N : (chunk + 1) * N])
+    world.put(hashes[2 * N :], holes=2, group=1)
+    hit = world.ask(hashes, hashes)
+    assert hit.tokens == 3 * N * TOKENS
+    assert hit.runs[1] == (Run(2 * N, N, 1, 2, b"", N),)
+
+
+def test_groups_with_other_block_sizes_agree_on_what_all_have() -> None:
+    wide = GroupView(1, 2 * TOKENS, 2, (SHARD,))
+    world, hashes, wides = World([GROUP, wide]), chain(2 * N), chain(N, "wide")
+    for start in (0, N):
+        world.put(hashes[start : start + N])
+    world.put(wides[:2], group=1)
+    assert world.ask(hashes, wides).tokens == N * TOKENS
+    world.put(wides[2:3], group=1)
+    world.clock.now += 3
+    assert world.ask(hashes, wides).tokens == (N + 2) * TOKENS
+    assert world.ask(hashes[: N + 1], wides[:2]).tokens == N * TOKENS
+
+
+def test_every_shard_must_be_there() -> None:
+    other = Shard(0, 1, 3, 0, 30, 30)
+    world, hashes = World([GroupView(0, TOKENS, N, (SHARD, other))]), chain(N)
+    world.put(hashes)
+    assert world.ask(hashes).tokens == 0
+    world.put(hashes, shard=other)
+    world.clock.now += 3
+    assert world.ask(hashes).tokens == N * TOKENS
+
+
+def test_hits_end_on_the_alignment() -> None:
+    world, hashes = World(align_tokens=3 * TOKENS), chain(2 * N)
+    world.put(hashes[:N])
+    world.put(hashes[N:])
+    assert world.ask(hashes).tokens == 6 * TOKENS
+    assert world.ask(hashes[:2]).tokens == 0
+
+
+def test_asking_never_blocks_nor_touches_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, hashes = World(), chain(8 * N + 3)
+    for start in range(0, 6 * N, N):
+        world.put(hashes[start : start + N])
+    world.put(hashes[6 * N : 6 * N + 2])
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the scheduler's thread must not do this")
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "stat", "lstat", "listdir", "scandir", "read", "write", "mkdir", "access", "fsync"):
+            patch.setattr(os, name, forbidden)
+        patch.setattr("builtins.open", forbidden)
+        patch.setattr(time, "sleep", forbidden)
+        patch.setattr("threading.Condition.wait", forbidden)
+        patch.setattr("threading.Event.wait", forbidden)
+        assert world.ask_once(hashes) is None
+        world.clock.now += 0.1
+        assert world.ask_once(hashes) is None
+    world.answer()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", forbidden)
+        patch.setattr("builtins.open", forbidden)
+        patch.setattr(time, "sleep", forbidden)
+        hit = world.ask_once(hashes)
+    assert hit is not None and hit.tokens == (6 * N + 2) * TOKENS
