@@ -81,6 +81,8 @@ class StorePlanner:
             Job id and chunks, or None if there is nothing to do.
         """
         progress = self._progress.setdefault(request_id, _Progress())
+        if len(self._in_flight) >= MAX_PENDING_STORE_CHUNKS:
+            return None  # nothing is lost: the next step finds the same chunks
         chosen: list[tuple[GroupView, int, int]] = []
         for group, own, ids in zip(self._groups, hashes, block_ids, strict=True):
             n = group.blocks_per_chunk
@@ -127,7 +129,8 @@ class StorePlanner:
         chunks: list[StoreChunk] = []
         for group, start, stop in chosen:
             if len(self._in_flight) >= MAX_PENDING_STORE_CHUNKS:
-                break
+                self._postpone(request_id, group, start // group.blocks_per_chunk)
+                continue
             made = self._chunk(group, start, own[group.group][start:stop], pages[group.group][start:stop], namespace)
             if made is None:
                 continue
@@ -184,6 +187,12 @@ class StorePlanner:
         if progress is not None and progress.retries < _MAX_SHED_RETRIES:
             progress.retries += 1
             progress.shed.setdefault(sent.group, []).append(sent.chunk)
+            progress.wake_tokens = 0
+
+    def _postpone(self, request_id: str, group: GroupView, chunk: int) -> None:
+        progress = self._progress.get(request_id)
+        if progress is not None:
+            progress.shed.setdefault(group.group, []).append(chunk)
             progress.wake_tokens = 0
 
     def forget_request(self, request_id: str) -> None:
