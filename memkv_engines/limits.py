@@ -52,6 +52,8 @@ SHUTDOWN_DRAIN_TIMEOUT_S = 10.0
 
 # --- scheduler side ---------------------------------------------------------
 INDEX_WAYS = 8
+MILESTONE_CHUNKS = 16
+"""One entry for every so many chunks of a prefix that is known as a whole."""
 MAX_KNOWN_VARIANTS = 65_536
 MAX_KNOWN_MISSES = 65_536
 MAX_BAD_CHUNKS = 65_536

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 
 from memkv_engines.keys import Shard
 from memkv_engines.limits import (
+    HASH_BYTES,
     KEY_BYTES,
     MAX_BAD_CHUNKS,
     MAX_PROBES_IN_FLIGHT,
     MAX_SLIDING_WINDOW_CANDIDATES,
+    MILESTONE_CHUNKS,
     PROBE_SILENCE_MAX_S,
     PROBE_SILENCE_S,
 )
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.index import ChunkIndex
-from memkv_engines.offload.messages import Probe, ProbeDone, Segment
+from memkv_engines.offload.messages import Probe, ProbeDone, Segment, split_hashes
+from memkv_engines.offload.milestones import Milestones
 from memkv_engines.offload.variants import ExpiringSet, VariantTable
 
 
@@ -114,6 +117,8 @@ class PrefixLookup:
         self._send, self._counters, self._clock = send, counters, clock
         self.index = ChunkIndex(index_entries, hit_ttl_s, clock)
         self.variants = VariantTable(hit_ttl_s, clock)
+        # Half the time, since the chunks may be known for a while already when their prefix is.
+        self._milestones = Milestones(index_entries // MILESTONE_CHUNKS, hit_ttl_s / 2, clock)
         self.bad = ExpiringSet(hit_ttl_s, MAX_BAD_CHUNKS, clock)
         self._misses = ExpiringSet(miss_ttl_s, clock=clock)
         self._asked: dict[str, _Asked] = {}
@@ -189,12 +194,12 @@ class PrefixLookup:
         if computed >= len(hashes):
             return (), computed, False
         start = computed - computed % group.blocks_per_chunk
-        runs, end, open_ended = self._walk(group, hashes, start, need_from)
-        asked = open_ended and self._probe(request_id, group, hashes, max(end, start), need_from, namespace)
+        runs, end, ask_from = self._walk(group, hashes, start, need_from)
+        asked = self._probe(request_id, group, hashes, ask_from, end, need_from, namespace)
         if end <= computed and start and not asked:
             # Chunks of another length may straddle the grid (other settings wrote them): walk from the beginning.
-            runs, end, open_ended = self._walk(group, hashes, 0, need_from)
-            asked = open_ended and self._probe(request_id, group, hashes, end, need_from, namespace)
+            runs, end, ask_from = self._walk(group, hashes, 0, need_from)
+            asked = self._probe(request_id, group, hashes, ask_from, end, need_from, namespace)
         return runs, max(end, computed), asked
 
     def _cover_window(
@@ -205,8 +210,8 @@ class PrefixLookup:
         need_from = max(0, tokens - group.window_tokens + 1) // group.block_tokens
         start = need_from - need_from % group.blocks_per_chunk
         own = hashes[:stop]
-        runs, end, open_ended = self._walk(group, own, start, need_from)
-        if end < stop and open_ended and self._probe(request_id, group, own, max(end, start), need_from, namespace):
+        runs, end, ask_from = self._walk(group, own, start, need_from)
+        if self._probe(request_id, group, own, ask_from, end, need_from, namespace):
             return None
         # Below the window's first block nothing is gained: step down to the chunk before.
         reach = end if end > need_from else start
@@ -214,8 +219,8 @@ class PrefixLookup:
 
     def _walk(
         self, group: GroupView, hashes: Sequence[bytes], start: int, need_from: int
-    ) -> tuple[tuple[Run, ...], int, bool]:
-        """Known runs from a block on, the block they reach, and whether the tier may know more."""
+    ) -> tuple[tuple[Run, ...], int, int | None]:
+        """Known runs from a block on, the block they reach, and the block from which the tier may know more."""
         runs: list[Run] = []
         position = start
         while position < len(hashes):
@@ -230,17 +235,18 @@ class PrefixLookup:
                 position += take
             variant = self._best_variant(group, hashes, position, need_from)
             if variant is None:
-                return tuple(runs), position, position < len(hashes)
+                return tuple(runs), position, position if position < len(hashes) else None
             runs.append(variant)
             position += variant.take
             if variant.take < variant.block_count:
-                return tuple(runs), position, False
-        return tuple(runs), position, False
+                # Another variant, or blocks of this one that no prompt has had so far, may share more.
+                return tuple(runs), position, variant.position if position < len(hashes) else None
+        return tuple(runs), position, None
 
     def _full_chunks(self, group: GroupView, hashes: Sequence[bytes], position: int, need_from: int) -> int:
         n = group.blocks_per_chunk
         if not group.window_tokens:
-            return self.index.leading_chunks(hashes, position, n, group.group)
+            return self._leading_chunks(group, hashes, position)
         count = 0
         while position + n <= len(hashes):
             holes = self.index.holes_of(hashes[position + n - 1], n, group.group)
@@ -248,6 +254,24 @@ class PrefixLookup:
                 break
             count += 1
             position += n
+        return count
+
+    def _leading_chunks(self, group: GroupView, hashes: Sequence[bytes], position: int) -> int:
+        """Known full chunks of a full-attention group: by milestone, then a few one by one, then the rest at once."""
+        n, number = group.blocks_per_chunk, group.group
+        first = position // n
+        on_grid = position % n == 0
+        known = self._milestones.known_chunks(hashes, n, number) if on_grid else 0
+        count = max(0, known - first)
+        few = min(count + MILESTONE_CHUNKS, (len(hashes) - position) // n)
+        while count < few:
+            if self.index.holes_of(hashes[position + (count + 1) * n - 1], n, number) is None:
+                return count
+            count += 1
+        if position + (count + 1) * n <= len(hashes):
+            count += self.index.leading_chunks(hashes, position + count * n, n, number)
+        if on_grid and known >= first and first + count >= known + MILESTONE_CHUNKS:
+            self._milestones.extend(hashes, n, number, first + count)
         return count
 
     def _best_variant(self, group: GroupView, hashes: Sequence[bytes], position: int, need_from: int) -> Run | None:
@@ -269,11 +293,17 @@ class PrefixLookup:
         request_id: str,
         group: GroupView,
         hashes: Sequence[bytes],
-        start: int,
+        start: int | None,
+        end: int,
         need_from: int,
         namespace: bytes,
     ) -> bool:
-        """Whether to wait: a probe of this group is under way or has just been sent."""
+        """Whether to wait: a probe from ``start`` on (None: no need) is under way or has just been sent.
+
+        ``end`` is the block that is reached without it.
+        """
+        if start is None:
+            return False
         now = self._clock()
         asked = self._asked.get(request_id)
         if asked is None:
@@ -287,9 +317,11 @@ class PrefixLookup:
             self._silence_s = min(2 * self._silence_s, PROBE_SILENCE_MAX_S)
             self._silent_until = now + self._silence_s
             return False
-        if (group.group, start) in asked.answered or now >= asked.deadline or now < self._silent_until:
+        if asked.answered & {(group.group, start), (group.group, end)}:
             return False
-        if (group.group, hashes[start]) in self._misses or len(self._probes) >= MAX_PROBES_IN_FLIGHT:
+        if now >= asked.deadline or now < self._silent_until:
+            return False
+        if (group.group, hashes[end]) in self._misses or len(self._probes) >= MAX_PROBES_IN_FLIGHT:
             return False
         self._next_probe += 1
         asked.waiting[group.group] = self._next_probe
@@ -342,12 +374,21 @@ class PrefixLookup:
                 # Tails too: what is known to be stored is not stored again.
                 whole.append(s)
             if s.block_count != s.take or s.take != group.blocks_per_chunk:
-                self.variants.add(number, own, s.last, s.block_count, s.holes)
+                self.variants.add(number, _blocks_of(s, own), s.last, s.block_count, s.holes)
         self.index.insert([s.last for s in whole], [s.take for s in whole], [s.holes for s in whole], number)
+        if not group.window_tokens and start % group.blocks_per_chunk == 0:
+            self._learn_prefix(group, hashes, start, whole)
         if asked is not None:
             asked.answered.add((number, end))
-        if end < len(hashes):
+        if end < len(hashes) and not group.window_tokens:
+            # In a window's group it may have been there, but with the wrong holes for this prompt only.
             self._misses.add(number, hashes[end])
+
+    def _learn_prefix(self, group: GroupView, hashes: Sequence[bytes], start: int, whole: Sequence[Segment]) -> None:
+        n = group.blocks_per_chunk
+        full = next((i for i, s in enumerate(whole) if s.take != n), len(whole))
+        if full >= MILESTONE_CHUNKS and self._milestones.known_chunks(hashes, n, group.group) * n >= start:
+            self._milestones.extend(hashes, n, group.group, start // n + full)
 
     def learn(self, group: int, hashes: Sequence[bytes], holes: int) -> None:
         """A chunk with these blocks has just been stored by this engine."""
@@ -361,6 +402,7 @@ class PrefixLookup:
         """A chunk could not be loaded: do not advertise it until it is written again."""
         self.bad.add(group, last)
         self.index.remove(last, block_count, group)
+        self._milestones.clear()
         self.variants.remove(group, first, last)
 
     def forget_request(self, request_id: str) -> None:
@@ -373,9 +415,18 @@ class PrefixLookup:
     def clear(self) -> None:
         """Forget everything that is known."""
         self.index.clear()
+        self._milestones.clear()
         self.variants.clear()
         self.bad.clear()
         self._misses.clear()
         self._probes.clear()
         self._late.clear()
         self._asked.clear()
+
+
+def _blocks_of(segment: Segment, own: Sequence[bytes]) -> Sequence[bytes]:
+    """Chain hashes of a chunk's blocks as far as they are known: the prompt's own, and those behind them."""
+    joined = segment.hashes
+    if len(joined) != segment.block_count * HASH_BYTES or not joined.startswith(b"".join(own)):
+        return own
+    return split_hashes(joined)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from memkv_engines.keys import ChunkKey, ChunkName, Shard
 from memkv_engines.limits import KEY_BYTES
 from memkv_engines.metrics import Counters
+from memkv_engines.offload import lookup, milestones
 from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup, Run
 from memkv_engines.offload.messages import Probe, ProbeDone
 from memkv_engines.offload.probing import ChainWalk
@@ -23,6 +25,13 @@ from tests.fast.test_index import Clock
 
 N, TOKENS = 4, 16
 GROUP = GroupView(0, TOKENS, N, (SHARD,))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_milestones() -> Iterator[None]:
+    """So that prompts of a few chunks reach some."""
+    with mock.patch.object(lookup, "MILESTONE_CHUNKS", 2), mock.patch.object(milestones, "MILESTONE_CHUNKS", 2):
+        yield
 
 
 class World:
@@ -123,9 +132,9 @@ def check(world: World, hit: Hit, hashes: Sequence[bytes], computed: int) -> int
     return end
 
 
-def reachable(names: set[tuple[int, tuple[bytes, ...]]], hashes: Sequence[bytes]) -> int:
+def reachable(names: set[tuple[int, tuple[bytes, ...]]], hashes: Sequence[bytes], start: int = 0) -> int:
     """Where a walk over all chunks that start where another ends may end at most: brute force."""
-    best, starts, seen = 0, [0], {0}
+    best, starts, seen = start, [start], {start}
     while starts:
         start = starts.pop()
         for position, blocks in names:
@@ -186,7 +195,8 @@ def test_a_hit_is_all_that_chunks_on_the_grid_cover(
         hashes = prompt(path)
         computed = 0 if not number else min(blocks, len(hashes))
         end = check(world, world.ask(hashes, computed=computed * TOKENS), hashes, computed * TOKENS)
-        assert end <= max(computed, reachable(names, hashes))
+        # The walk begins where the chunk begins that the engine's own blocks end in, or at the front.
+        assert end <= max(computed, reachable(names, hashes), reachable(names, hashes, computed - computed % N))
         if not number:
             # Later prompts may be answered by what the look-up knows already, which can be less.
             assert end in greedy_ends(names, hashes)
@@ -260,7 +270,38 @@ def test_chunks_longer_than_ours_are_used() -> None:
     assert world.ask(hashes, computed=5 * TOKENS).tokens == 10 * TOKENS
 
 
+def test_a_prompt_that_ends_inside_a_chunk_does_not_hide_the_rest_of_it() -> None:
+    world, hashes = World(), chain(2 * N)
+    for start in (0, N):
+        world.put(hashes[start : start + N])
+    assert world.ask(hashes[: N + 1]).tokens == (N + 1) * TOKENS
+    assert world.ask(hashes).tokens == 2 * N * TOKENS
+
+
+def test_a_known_variant_does_not_hide_a_better_one() -> None:
+    world, hashes = World(), chain(N)
+    other = [hashes[0], *chain(N - 1, "b")]
+    world.put(other)
+    world.lookup.learn(0, other, 0)
+    world.put(hashes)  # by another engine
+    assert world.ask(hashes).tokens == N * TOKENS
+    # Where there is none, this costs one probe, and its answer is remembered.
+    third = [hashes[0], *chain(N - 1, "c")]
+    before = world.counters["probe_requests"]
+    assert [world.ask(third).tokens for _ in range(3)] == [TOKENS] * 3
+    assert world.counters["probe_requests"] == before + 1
+
+
 # -------------------------------------------------------------------------------------------------------------- probing
+
+
+def test_a_prompt_that_shared_little_of_a_chunk_leaves_the_rest_known() -> None:
+    world, hashes = World(), chain(2 * N)
+    world.put(hashes[:N])
+    world.put(hashes[N:])
+    short = hashes[: N - 2]
+    assert world.ask(short).tokens == (N - 2) * TOKENS
+    assert world.ask(hashes).tokens == 2 * N * TOKENS
 
 
 def test_one_probe_a_prompt_and_none_once_it_is_known() -> None:
@@ -460,6 +501,16 @@ def test_a_window_hit_does_not_need_what_lies_before() -> None:
     hit = world.ask(hashes, hashes)
     assert hit.tokens == 3 * N * TOKENS
     assert hit.runs[1] == (Run(2 * N, N, 1, 2, b"", N),)
+
+
+def test_a_window_that_fails_one_prompt_is_no_miss_for_another() -> None:
+    window = GroupView(1, TOKENS, N, (SHARD,), window_tokens=2 * TOKENS)
+    world, hashes = World([GROUP, window]), chain(N)
+    world.put(hashes)
+    world.put(hashes, holes=2, group=1)
+    short = hashes[: N - 1]
+    assert world.ask(short, short).tokens == 0, "a block of the shorter prompt's window is a hole"
+    assert world.ask(hashes, hashes).tokens == N * TOKENS
 
 
 def test_groups_with_other_block_sizes_agree_on_what_all_have() -> None:
