@@ -156,13 +156,17 @@ class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
-    """A stored chunk that covers blocks of the probed prompt: ``take`` of them from its block 0 on match."""
+    """A stored chunk that covers blocks of the probed prompt: ``take`` of them from its block 0 on match.
+
+    Where those are not all, ``hashes`` are the chain hashes of all its blocks, joined: another prompt may share more.
+    """
 
     position: int
     last: bytes
     block_count: int
     holes: int
     take: int
+    hashes: bytes = b""
 
 
 class ProbeDone(msgspec.Struct, frozen=True, tag="probe_done"):

@@ -79,9 +79,11 @@ class ChainWalk:
         for name in self._tier.variants(self._folder, first, self._group, self._shards[0]):
             if name.holes > max(0, self._need_from - self._position):
                 continue  # It lacks blocks that are needed.
-            take = self._shared_blocks(name)
+            blocks = self._blocks_of(name)
+            take = self._shared_blocks(blocks)
             if take > (best.take if best else name.holes) and self._others_have(name):
-                best = Segment(self._position, name.last, name.block_count, name.holes, take)
+                rest = b"" if take == name.block_count else b"".join(blocks)
+                best = Segment(self._position, name.last, name.block_count, name.holes, take, rest)
         return best
 
     def _others_have(self, name: ChunkName) -> bool:
@@ -91,11 +93,11 @@ class ChainWalk:
         ]
         return all(self._tier.exists(self._folder, names))
 
-    def _shared_blocks(self, name: ChunkName) -> int:
-        """How many leading blocks of a stored chunk are the prompt's; 0 if its header cannot be believed."""
+    def _blocks_of(self, name: ChunkName) -> list[bytes]:
+        """Chain hashes of the blocks of a stored chunk; none if its header cannot be believed."""
         own = self._hashes[self._position : self._position + name.block_count]
         if len(own) == name.block_count and own[-1][:KEY_BYTES] == name.last:
-            return name.block_count
+            return own
         header_bytes = Geometry(min(name.block_count, MAX_BLOCKS_PER_CHUNK), 1, 1).header_bytes
         try:
             # An anonymous map is page-aligned, which direct I/O needs.
@@ -107,12 +109,16 @@ class ChainWalk:
                 finally:
                     view.release()
         except (ChunkError, MemKVError):
-            return 0
+            return []
         if header.key.namespace_digest != self._namespace or header.key.name != name:
-            return 0
+            return []
+        return [entry.chain_hash for entry in header.blocks]
+
+    def _shared_blocks(self, blocks: list[bytes]) -> int:
+        """How many leading blocks of a stored chunk are the prompt's."""
         shared = 0
-        for entry, mine in zip(header.blocks, own, strict=False):
-            if entry.chain_hash != mine:
+        for stored, mine in zip(blocks, self._hashes[self._position : self._position + len(blocks)], strict=False):
+            if stored != mine:
                 break
             shared += 1
         return shared
