@@ -208,7 +208,7 @@ def count_calls(client: IoClient, pages: Pages) -> dict[str, Any]:
         calls.clear()
         client.submit_load(1, (pages.run(),))
         submit = dict(calls)
-        time.sleep(1.0)  # let it finish, so that one poll finds the answer
+        client.wait(60)  # so that one poll finds the answer
         calls.clear()
         results = client.poll()
         answer = dict(calls)

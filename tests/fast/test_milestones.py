@@ -11,9 +11,9 @@ from memkv_engines.offload import milestones
 from memkv_engines.offload.index import ChunkIndex
 from memkv_engines.offload.lookup import Hit, Run
 from memkv_engines.offload.milestones import Milestones
+from tests.fast.lookup_samples import TOKENS, N, World, check
 from tests.fast.samples import chain
 from tests.fast.test_index import Clock
-from tests.fast.test_lookup import TOKENS, N, World, check
 
 M = 2
 

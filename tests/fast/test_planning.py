@@ -12,8 +12,8 @@ from memkv_engines.limits import HASH_BYTES
 from memkv_engines.offload.lookup import GroupView
 from memkv_engines.offload.messages import StoreChunk
 from memkv_engines.offload.planning import OUTCOMES_WORST_FIRST, StorePlanner
+from tests.fast.lookup_samples import GROUP, TOKENS, N, World
 from tests.fast.samples import NAMESPACE, SHARD, chain
-from tests.fast.test_lookup import GROUP, TOKENS, N, World
 
 Plan = tuple[int, tuple[StoreChunk, ...]] | None
 SPACE = NAMESPACE.digest
