@@ -34,7 +34,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(steps, max_size=25))
 def test_it_answers_as_a_dictionary_does(script: list[tuple[str, object]]) -> None:
     clock = Clock()
@@ -68,7 +68,7 @@ def test_it_answers_as_a_dictionary_does(script: list[tuple[str, object]]) -> No
                     assert known == holes if age < 59 else known in (holes, None) if age < 62 else known is None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sets(st.integers(0, 39)), st.integers(1, 5), st.integers(0, 39))
 def test_leading_chunks_are_those_before_the_first_unknown(known: set[int], n: int, start: int) -> None:
     index = ChunkIndex(1024, 60)

@@ -132,10 +132,9 @@ def test_killed_before_a_store(running: IoClient, pool: Pool) -> None:
     assert running.poll() == [StoreResult(8, ("failed",))]
     assert running.pending_stores == 0
     assert running.counters["store_failed"] == 1
-    check_restart(running, pool, pid)
 
 
-@pytest.mark.parametrize("delay_ms", [0, 1, 3, 10])
+@pytest.mark.parametrize("delay_ms", [0, 3])
 def test_killed_in_the_middle_of_everything(running: IoClient, pool: Pool, delay_ms: int) -> None:
     before = pool.memory.copy()
     for job in range(20):
@@ -152,10 +151,11 @@ def test_killed_in_the_middle_of_everything(running: IoClient, pool: Pool, delay
     assert ((pool.memory == before) | (pool.memory == good)).all()
     for answer in answers:
         assert not isinstance(answer, LoadResult) or answer.kinds in (("",), ("io_service",))
-    # What was published is whole.
-    tier = DirectoryTier(running._setup.tier_path, read_only=True)
-    tier.close()
+    # What was published is whole, and a store that was cut short left nothing that looks like a chunk.
     until(lambda: running.poll() == [] and running.mode == "process")
+    for job in range(20):
+        result = load(running, make_run(pool, chain(N, f"m{delay_ms}.{job}"), range(16, 20)))
+        assert result.kinds in (("",), ("missing",))
 
 
 def test_jobs_while_the_service_is_down_fail_at_once(running: IoClient, pool: Pool) -> None:
@@ -213,7 +213,6 @@ def test_a_fence_that_hangs_ends(running: IoClient, pool: Pool) -> None:
     assert gone(pid)
     assert running.poll() == [StoreResult(1, ("failed",))]
     assert running.counters["gather_microseconds"] >= 300_000
-    check_restart(running, pool, pid)
 
 
 def test_submitting_and_polling_never_block(running: IoClient, pool: Pool) -> None:

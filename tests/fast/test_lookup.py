@@ -35,7 +35,7 @@ tails = st.tuples(paths, st.integers(0, 4), st.integers(1, N - 1))
 # ------------------------------------------------------------------------------------------------------ the whole truth
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.one_of(grid_chunks, tails), max_size=12), st.lists(st.tuples(paths, st.integers(0, 18)), max_size=4))
 def test_a_hit_is_all_that_chunks_on_the_grid_cover(
     stored: list[tuple[str, int, int]], asked: list[tuple[str, int]]
@@ -57,7 +57,7 @@ def test_a_hit_is_all_that_chunks_on_the_grid_cover(
             assert end in greedy_ends(names, hashes)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(paths, st.integers(0, 17), st.integers(1, 9)), max_size=12),
     st.lists(st.tuples(paths, st.integers(0, 18)), min_size=1, max_size=6),

@@ -53,7 +53,7 @@ def blocks_of(plan: Plan) -> list[list[bytes]]:
 # --------------------------------------------------------------------------------------------------- each block once
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(1, 200), min_size=1, max_size=20),
     st.lists(st.sampled_from(["stored", "present", "late"]), min_size=20, max_size=20),
