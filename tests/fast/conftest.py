@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.fast.io_samples import (
-    setup_for,
-    started,
-)
+from tests.fast.io_samples import quick_folder, setup_for, started
 from tests.fast.service_samples import POOLS, Service
 
 
 @pytest.fixture(scope="module", params=["on", "off"])
-def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    root = tmp_path_factory.mktemp("kv")
-    client = started(setup_for(root, list(POOLS.values())), request.param)
-    yield Service(client, root, request.param)
-    client.close()
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    with quick_folder() as root:
+        client = started(setup_for(root, list(POOLS.values())), request.param)
+        yield Service(client, root, request.param)
+        client.close()
+
+
+@pytest.fixture
+def quick() -> Iterator[Path]:
+    """A folder in memory where there is one."""
+    with quick_folder() as folder:
+        yield folder

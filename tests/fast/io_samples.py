@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +79,14 @@ def layer_outermost(group: int, num_blocks: int, pieces: int, piece_bytes: int, 
 def block_outermost(group: int, num_blocks: int, block_bytes: int) -> Pool:
     """All layers of a block side by side: one piece."""
     return Pool(group, num_blocks, [(0, block_bytes, block_bytes)])
+
+
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: each start of a service writes and syncs a probe file several times."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def setup_for(path: Path, pools: Sequence[Pool], **options: object) -> Setup:

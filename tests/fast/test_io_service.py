@@ -76,18 +76,18 @@ def test_a_chunk_with_holes_gives_what_follows_them(service: Service) -> None:
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_a_chunk_longer_than_a_staging_slot_comes_in_pieces(mode: str, tmp_path: Path) -> None:
+def test_a_chunk_longer_than_a_staging_slot_comes_in_pieces(mode: str, quick: Path) -> None:
     """An engine with longer chunks has written it."""
     pool, hashes = block_outermost(0, 40, 200_000), chain(16)
-    writer = started(setup_for(tmp_path, [pool], groups=(pool.spec(blocks_per_chunk=16),)), "off")
+    writer = started(setup_for(quick, [pool], groups=(pool.spec(blocks_per_chunk=16),)), "off")
     assert store(writer, make_store(pool, hashes, range(16))) == ("stored",)
     writer.close()
-    reader = started(setup_for(tmp_path, [pool], groups=(pool.spec(blocks_per_chunk=1),)), mode)
+    reader = started(setup_for(quick, [pool], groups=(pool.spec(blocks_per_chunk=1),)), mode)
     for first in (0, 5):
         target = range(20 + first, 36)
         run = make_run(pool, hashes, target, block_count=16, take_first=first)
         check_load(reader, pool, run, dict(zip(target, range(first, 16), strict=True)))
-    flip(Geometry(16, 200_000, 16).block_offset(9))(path_of(tmp_path, pool, hashes))
+    flip(Geometry(16, 200_000, 16).block_offset(9))(path_of(quick, pool, hashes))
     run = make_run(pool, hashes, range(20, 36), block_count=16)
     check_load(reader, pool, run, dict(zip(range(20, 29), range(9), strict=True)), kind="damaged")
     reader.close()
@@ -248,14 +248,14 @@ def test_a_bad_chunk_ends_its_run_but_not_the_others(service: Service) -> None:
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_stores_are_shed_when_staging_is_full(mode: str, tmp_path: Path) -> None:
+def test_stores_are_shed_when_staging_is_full(mode: str, quick: Path) -> None:
     pool = block_outermost(0, 8, MIB)
-    client = started(setup_for(tmp_path, [pool], staging_bytes=8 * MIB, io_threads=1), mode)
+    client = started(setup_for(quick, [pool], staging_bytes=8 * MIB, io_threads=1), mode)
     prompts = [chain(N, f"shed{i}") for i in range(24)]
     outcomes = store(client, *(make_store(pool, hashes, range(N)) for hashes in prompts))
     assert set(outcomes) == {"stored", "shed"}
     assert client.counters["store_shed"] == outcomes.count("shed")
-    assert client.counters["store_chunks"] == outcomes.count("stored") == len(list(tmp_path.rglob("*.kv")))
+    assert client.counters["store_chunks"] == outcomes.count("stored") == len(list(quick.rglob("*.kv")))
     # There is room again.
     hashes = prompts[outcomes.index("shed")]
     assert store(client, make_store(pool, hashes, range(N))) == ("stored",)
@@ -263,9 +263,9 @@ def test_stores_are_shed_when_staging_is_full(mode: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_stores_stop_at_the_capacity(mode: str, tmp_path: Path) -> None:
+def test_stores_stop_at_the_capacity(mode: str, quick: Path) -> None:
     size = GEOMETRY.object_bytes
-    client = started(setup_for(tmp_path, [POOL], capacity_bytes=2 * size + size // 2), mode)
+    client = started(setup_for(quick, [POOL], capacity_bytes=2 * size + size // 2), mode)
     outcomes = [store(client, make_store(POOL, chain(N, f"full{i}"), range(N)))[0] for i in range(4)]
     assert outcomes == ["stored", "stored", "full", "full"]
     assert client.counters["store_full"] == 2
