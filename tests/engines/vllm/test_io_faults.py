@@ -45,7 +45,7 @@ def disks(tier: Path, memory: Path) -> list[Step]:
         reset(),
         ask("small tier, again", PROMPTS[:2]),
         # File systems and processes that cannot do what the connector would like best.
-        start("tiny-llama", tier / "buffered", direct_io="off"),
+        start("tiny-llama", tier / "buffered", direct_io="off") | {"name": "recompute"},
         *restored("buffered", one),
         start("tiny-llama", memory),
         *restored("shared memory", one),
@@ -189,6 +189,10 @@ def test_a_hung_store_holds_the_engine_up_for_the_fence_only(runs: Reports) -> N
 
 def test_a_short_hang_costs_only_time(runs: Reports) -> None:
     assert (runs["held up"]["cached"], misses(runs["held up"])) == ([LAST_BLOCK], {})
+
+
+def test_recomputation_is_the_default(runs: Reports) -> None:
+    assert runs["recompute"]["failure_policy"] == "recompute"
 
 
 def test_errors_instead_of_recomputation_if_wanted(runs: Reports) -> None:

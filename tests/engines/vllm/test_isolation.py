@@ -55,6 +55,17 @@ def sharing(tier: Path) -> list[Step]:
         *between(question("tenant"), question("same tenant")),
         start("tiny-llama", tier),
         question("same model again"),
+        start("tiny-llama", tier, load=False),
+        question("not to load"),
+        start("tiny-llama", tier) | {"transfer": {"kv_role": "kv_consumer"}},
+        *between(question("consumer"), ask("consumer, other prompt", OTHERS[:1])),
+        ask("consumer, other prompt again", OTHERS[:1]),
+        start("tiny-llama", tier) | {"transfer": {"kv_role": "kv_producer"}},
+        *between(ask("producer", OTHERS[:1])),
+        ask("producer again", OTHERS[:1]),
+        start("tiny-llama", tier),
+        ask("after the producer", OTHERS[:1]),
+        question("before a reset"),
         {"do": "reset", "connector": True},
         *between(question("after a reset"), question("after a reset, again")),
     ]
@@ -126,6 +137,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Reports:
         ("tenant", "cold", False),
         ("same tenant", "cold", True),
         ("same model again", "cold", True),
+        ("not to load", "cold", False),
+        ("consumer", "cold", True),
+        ("before a reset", "cold", True),
         ("after a reset", "cold", False),
         ("after a reset, again", "cold", True),
         ("no adapter", "cold", False),
@@ -145,6 +159,15 @@ def test_kv_is_shared_only_where_it_is_the_same(runs: Reports, name: str, oracle
     assert run["cached"] == [LAST_BLOCK if hit else 0]
     assert run["counted"].get("external", 0) == (LAST_BLOCK if hit else 0)
     assert misses(run) == {}
+
+
+def test_a_consumer_stores_nothing_and_a_producer_loads_nothing(runs: Reports) -> None:
+    for role in ("consumer, other prompt", "producer"):
+        for name in (role, f"{role} again"):
+            assert runs[name]["tokens"] == [runs["cold"]["tokens"][1]]
+            assert runs[name]["cached"] == [0]
+    assert not any(name.startswith("store_") for name in runs["consumer, other prompt"]["counted"])
+    assert runs["after the producer"]["cached"] == [LAST_BLOCK]
 
 
 def test_the_oracles_differ(runs: Reports) -> None:
