@@ -23,9 +23,10 @@ from typing import Any
 from benchmarks import harness, vllm_conversations, vllm_first_visit
 from benchmarks.demo import tier_folder
 from benchmarks.engine_pair import ALONE, CONNECTED, SIDES, engine_pair
-from benchmarks.engine_run import ROOT, Engine, EngineFailed, EngineSpec
+from benchmarks.engine_run import Engine, EngineFailed, EngineSpec
 from benchmarks.vllm_conversations import ConversationPlan, Side
 from benchmarks.vllm_first_visit import Burst, FirstVisitPlan
+from tests.environments.engine_env import ROOT
 
 BLOCK_SIZE = 32
 LOGS = ROOT / "build" / "logs"

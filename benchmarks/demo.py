@@ -36,7 +36,8 @@ from benchmarks.demo_phases import (
 )
 from benchmarks.demo_report import MEANING, Row, draw, print_table
 from benchmarks.demo_workload import Workload, build_workload
-from benchmarks.engine_run import ROOT, EngineFailed, EngineSpec
+from benchmarks.engine_run import EngineFailed, EngineSpec
+from tests.environments.engine_env import ROOT
 
 # Several blocks make a chunk; vLLM's default on a CPU, 128, would fill one with a single block.
 BLOCK_SIZE = 32

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,19 +69,12 @@ def engine_pair(spec: EngineSpec, tier: Path, logs: Path, name: str) -> Iterator
         The engines by `SIDES`.
     """
     specs = {ALONE: spec, CONNECTED: replace(spec, connector={"path": str(tier)})}
-    with ExitStack() as stack, ThreadPoolExecutor(len(specs)) as pool:
-        starting = {
-            side: pool.submit(Engine, side_spec, logs / f"{name}-{side}.log") for side, side_spec in specs.items()
-        }
-        engines: dict[str, Engine] = {}
-        errors: list[BaseException] = []
-        for side, future in starting.items():
-            try:
-                engines[side] = stack.enter_context(future.result())
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+    with ExitStack() as stack:
+        engines = {side: Engine(specs[side], logs / f"{name}-{side}.log") for side in SIDES}
+        for engine in engines.values():
+            stack.push(engine)
+        for engine in engines.values():
+            engine.wait_until_ready()
         yield engines
 
 

@@ -110,7 +110,9 @@ class Batch:
 
 
 class Engine:
-    """A running engine process; use it as a context manager.
+    """An engine process; use it as a context manager, which waits until it is ready and ends it afterwards.
+
+    It starts at construction, so that several can start at once.
 
     Args:
         spec: What to start.
@@ -141,12 +143,17 @@ class Engine:
         os.close(answer_write)
         self._requests: IO[str] = os.fdopen(request_write, "w")
         self._answers: IO[str] = os.fdopen(answer_read)
-        try:
-            self._call("start", arguments=spec.llm_arguments())
-        except BaseException:
-            self.close()
-            raise
-        self.start_s = time.monotonic() - started
+        self._started, self.start_s = started, 0.0
+        self._send("start", arguments=spec.llm_arguments())
+
+    def wait_until_ready(self) -> None:
+        """Waits until the engine can be asked; `start_s` is then the time from the process's start.
+
+        Raises:
+            EngineFailed: It could not be built.
+        """
+        self._receive("start")
+        self.start_s = time.monotonic() - self._started
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, *, stop_at_end: bool = False) -> Batch:
         """Runs prompts greedily, all submitted at once.
@@ -181,13 +188,20 @@ class Engine:
         return list(self._call("processes")["processes"])
 
     def close(self) -> None:
-        """Ends the engine, politely if it still answers, and everything it started."""
-        with contextlib.suppress(EngineFailed, OSError, ValueError):
-            if self._process.poll() is None:
-                self._call("stop", timeout_ok=True)
+        """Ends the engine once it has answered what it was asked, and everything it started."""
         for pipe in (self._requests, self._answers):
             with contextlib.suppress(OSError):
                 pipe.close()
+        self._wait_and_end()
+
+    def abort(self) -> None:
+        """Ends the engine in the middle of whatever it does, and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            # Orderly still: a killed engine leaves its shared memory behind.
+            self._process.terminate()
+        self._wait_and_end()
+
+    def _wait_and_end(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):
@@ -195,12 +209,17 @@ class Engine:
         self._process.wait()
 
     def _call(self, command: str, **parameters: Any) -> dict[str, Any]:
-        try:
+        self._send(command, **parameters)
+        return self._receive(command)
+
+    def _send(self, command: str, **parameters: Any) -> None:
+        # A process that ended cannot be written to; reading then tells.
+        with contextlib.suppress(BrokenPipeError):
             self._requests.write(json.dumps({"command": command, **parameters}) + "\n")
             self._requests.flush()
-            line = self._answers.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def _receive(self, command: str) -> dict[str, Any]:
+        line = self._answers.readline()
         if not line:
             raise EngineFailed(f"the engine's process ended during {command!r}\n{tail_of(self._log)}")
         answer: dict[str, Any] = json.loads(line)
@@ -209,10 +228,18 @@ class Engine:
         return answer
 
     def __enter__(self) -> Engine:
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.abort()
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
 
 
 def tail_of(log: Path, lines: int = LOG_TAIL_LINES) -> str:
@@ -233,8 +260,6 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
     for line in requests:
         request = json.loads(line)
         command = request.pop("command")
-        if command == "stop":
-            break
         try:
             if command == "start":
                 session = _Session(request["arguments"])
