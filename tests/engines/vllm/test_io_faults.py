@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,12 +106,11 @@ def strikes(tier: Path) -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory in memory where there is one, else on disk."""
-    if not os.access(SHARED_MEMORY, os.W_OK):
-        return tmp_path_factory.mktemp("memory")
-    folder = SHARED_MEMORY / tmp_path_factory.mktemp("memory").name
-    return folder
+    place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tmp_path_factory.mktemp("memory")
+    with tempfile.TemporaryDirectory(prefix="memkv-", dir=place) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
