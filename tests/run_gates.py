@@ -85,6 +85,15 @@ GATES = (
         models=("all",),
         settings=engine_env.engine_settings(),
     ),
+    Gate(
+        name="benchmarks",
+        proves="the demo and the vLLM benchmark still run (tiny; they judge nothing)",
+        budget_s=300,
+        environment="vllm",
+        tests="tests/engines/benchmarks",
+        models=("all",),
+        settings=engine_env.engine_settings(),
+    ),
 )
 
 
