@@ -71,7 +71,7 @@ GATES = (
     Gate(
         name="fast",
         proves="style, types, and the package without any engine",
-        budget_s=120,
+        budget_s=300,
         environment="dev",
         tests="tests/fast",
         tools=(("-m", "ruff", "check", "."), ("-m", "ruff", "format", "--check", "."), ("-m", "mypy")),
@@ -79,7 +79,7 @@ GATES = (
     Gate(
         name="vllm",
         proves="the package inside a real vLLM on a CPU",
-        budget_s=480,
+        budget_s=900,
         environment="vllm",
         tests="tests/engines/vllm",
         models=("all",),
@@ -88,7 +88,7 @@ GATES = (
     Gate(
         name="benchmarks",
         proves="the demo and the vLLM benchmark still run (tiny; they judge nothing)",
-        budget_s=300,
+        budget_s=900,
         environment="vllm",
         tests="tests/engines/benchmarks",
         models=("all",),

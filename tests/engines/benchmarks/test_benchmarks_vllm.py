@@ -13,6 +13,9 @@ import pytest
 from tests.environments.engine_env import ROOT, engine_env
 from tests.environments.models import ensure_model
 
+# Several engine processes each: minutes on a slow machine.
+pytestmark = [pytest.mark.timeout(800), pytest.mark.slow]
+
 DEMO_KEYS = {
     "model", "dtype", "prompt_tokens", "recompute_ttft_s", "first_visit_ttft_s", "restore_ttft_s", "local_hit_ttft_s",
     "speedup", "external_hit_tokens", "chunks", "chunk_bytes", "stored_bytes", "blocks_per_chunk",
@@ -42,7 +45,6 @@ def result_of(path: Path) -> dict[str, Any]:
     return body
 
 
-@pytest.mark.slow
 def test_the_demo_restores_what_it_stored(tmp_path: Path) -> None:
     run_script("benchmarks.demo", tmp_path, tmp_path / "demo.json")
     body = result_of(tmp_path / "demo.json")
@@ -55,7 +57,6 @@ def test_the_demo_restores_what_it_stored(tmp_path: Path) -> None:
     assert (body["chunks"] - body["tail_chunks"]) * body["chunk_bytes"] < body["stored_bytes"]
 
 
-@pytest.mark.slow
 def test_the_benchmark_measures_what_it_claims(tmp_path: Path) -> None:
     run_script("benchmarks.bench_vllm", tmp_path, tmp_path)
     conversations = result_of(tmp_path / "vllm-conversations.json")

@@ -61,7 +61,9 @@ def start(kind: str, tier: Path | None = None, *, engine: dict[str, Any] | None 
         engine: arguments for the engine.
         **extra: extra config of the connector.
     """
-    connector = {"path": str(tier), "chunk_target_bytes": 2 * MIB, **extra} if tier else None
+    # A look-up that is late on a busy machine would be an honest miss, but not what these tests are about.
+    patient = {"chunk_target_bytes": 2 * MIB, "probe_timeout_ms": 20_000}
+    connector = {"path": str(tier), **patient, **extra} if tier else None
     return {"do": "start", "model": model(kind), "connector": connector, "engine": engine or {}}
 
 
