@@ -184,25 +184,26 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     lines: list[tuple[str, list[str]]] = [
         ("prompt", [f"{row['prompt_tokens']} tokens x {len(row['prompts'])}" for row in rows]),
         ("recompute", [f"{row['recompute_ttft_s']:.2f} s" for row in rows]),
-        ("first visit, storing", [f"{row['first_visit_ttft_s']:.2f} s" for row in rows]),
-        ("restore after a restart", [f"{row['restore_ttft_s']:.3f} s" for row in rows]),
-        ("  speed-up over recompute", [f"{row['speedup']:.1f} x" for row in rows]),
-        ("  of it raw read", [f"{row['raw_read_s']:.3f} s" for row in rows]),
-        ("local hit, nothing to load", [f"{row['local_hit_ttft_s']:.3f} s" for row in rows]),
-        ("restore / (raw read + local hit)", [f"{row['restore_over_limit']:.2f}" for row in rows]),
-        ("tokens from the tier", [str(row["external_hit_tokens"]) for row in rows]),
+        ("first visit", [f"{row['first_visit_ttft_s']:.2f} s" for row in rows]),
+        ("restore", [f"{row['restore_ttft_s']:.3f} s" for row in rows]),
+        ("  speed-up", [f"{row['speedup']:.1f} x" for row in rows]),
+        ("  raw read", [f"{row['raw_read_s']:.3f} s" for row in rows]),
+        ("local hit", [f"{row['local_hit_ttft_s']:.3f} s" for row in rows]),
+        ("  restore / limit", [f"{row['restore_over_limit']:.2f}" for row in rows]),
+        ("tier tokens", [str(row["external_hit_tokens"]) for row in rows]),
         (
-            "chunks in the tier",
+            "chunks",
             [f"{row['chunks']} of {row['chunk_bytes'] / 1e6:.2f} MB, {row['tail_chunks']} shorter" for row in rows],
         ),
-        ("blocks in a chunk", [str(row["blocks_per_chunk"]) for row in rows]),
+        ("blocks a chunk", [str(row["blocks_per_chunk"]) for row in rows]),
         ("stored", [f"{row['stored_bytes'] / 1e6:.0f} MB" for row in rows]),
-        ("chunks used in part", [str(row["partial_chunk_hits"]) for row in rows]),
+        ("partial hits", [str(row["partial_chunk_hits"]) for row in rows]),
         ("same tokens", ["yes" if row["tokens_equal"] else "[bold red]NO[/]" for row in rows]),
     ]
     harness.print_table(
         "time to first token, medians", ["", *(row["dtype"] for row in rows)], [[name, *cells] for name, cells in lines]
     )
+    print("limit = raw read of the same files + local hit, which has nothing to load")
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
