@@ -17,6 +17,7 @@ from memkv_engines.limits import MIB
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import GroupSpec, LoadRun, Setup, StoreChunk, TileSpec
+from memkv_engines.offload.service import staging_slots
 
 LAYERS = 32
 BLOCK_TOKENS = 16
@@ -63,7 +64,7 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
     """
 
     def __init__(
-        self, root: Path, shape: Shape, *, direct_io: str = "on", io_threads: int = 4, staging_bytes: int = 256 * MIB
+        self, root: Path, shape: Shape, *, direct_io: str = "on", io_threads: int = 8, staging_bytes: int = 256 * MIB
     ) -> None:
         self._root, self._shape = root, shape
         self._job = 0
@@ -72,7 +73,7 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
         spec = self._group_spec()
         slot_bytes = align_up(Group.from_spec(spec).slot_bytes)
         # A store that finds no staging is shed; an engine's stores are, a benchmark's must not be.
-        self._stores_in_flight = max(1, min((staging_bytes - io_threads * slot_bytes) // slot_bytes, 64))
+        self._stores_in_flight = max(1, min(staging_slots(staging_bytes, slot_bytes, io_threads)[1], 64))
         setup = Setup(str(root), direct_io, 0, False, io_threads, staging_bytes, (spec,))
         self._client = IoClient(setup, io_process="on", load_timeout_ms=120_000, fence_timeout_ms=60_000)
         self._client.start()

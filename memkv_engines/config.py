@@ -62,7 +62,9 @@ class IoConfig:
         "run the I/O loop in a child process, outside the engine's GIL: auto, on, off (a thread)",
         choices=("auto", "on", "off"),
     )
-    io_threads: int = _key(4, "threads of the I/O loop", low=1, high=MAX_IO_THREADS)
+    io_threads: int = _key(
+        8, "chunks being read, and chunks being written, at a time; one thread each", low=1, high=MAX_IO_THREADS
+    )
     staging_bytes: int = _key(256 * MIB, "staging memory per worker, half for loads, half for stores", low=8 * MIB)
     load_timeout_ms: int = _key(30_000, "a load older than this is abandoned and recomputed", low=10)
     fence_timeout_ms: int = _key(2_000, "longest wait of a step for gathers before the stores are dropped", low=10)

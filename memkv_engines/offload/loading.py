@@ -1,4 +1,4 @@
-"""One chunk from the tier into pages: read, verify, scatter."""
+"""One chunk from the tier into pages, in two steps: read (the device works), then verify and scatter (a core works)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class LoadOutcome:
 
 
 class ChunkLoad:
-    """Loads one chunk. Not reusable.
+    """Loads one chunk: ``read`` once, then ``finish`` once, maybe on another thread.
 
     Args:
         chunk: what to load and where to.
@@ -93,7 +93,7 @@ class ChunkLoad:
     """
 
     def __init__(self, chunk: LoadChunk, group: Group, tier: Tier, pages: Pages, slot: Slot) -> None:
-        self._chunk, self._group, self._tier, self._pages, self._slot = chunk, group, tier, pages, slot
+        self._chunk, self._group, self._tier, self._pages, self.slot = chunk, group, tier, pages, slot
         self._hashes = chunk.hashes
         self._take = len(chunk.block_ids)
         self._stop = chunk.take_first + self._take
@@ -110,16 +110,52 @@ class ChunkLoad:
         self.folder = namespace_folder(chunk.namespace)
         self._geometry = Geometry(chunk.block_count, group.block_bytes, group.block_tokens)
         self._good = self._read_bytes = 0
+        self._kind = ""
+        self._reader: ChunkReader | None = None
+        self._header: ChunkHeader | None = None
+        # The piece in the slot: blocks [first, stop) of the chunk; empty once it is in the pages.
+        self._piece_first = self._piece_stop = chunk.take_first
 
-    def run(self) -> LoadOutcome:
-        """Blocking. Data problems come back as an outcome; only errors of the service itself are raised."""
+    def read(self) -> None:
+        """Open the chunk and read what fits in the slot. Blocking; trouble with the chunk is kept for ``finish``."""
         try:
-            with self._tier.open(self.folder, self.name) as reader:
-                self._check_size(reader)
-                kind = self._load(reader)
+            reader = self._tier.open(self.folder, self.name)
         except ChunkError as error:
-            kind = error.kind
-        return LoadOutcome(self._good, kind, self._read_bytes)
+            self._kind = error.kind
+            return
+        self._reader = reader
+        try:
+            self._check_size(reader)
+            self._read_piece(reader)
+        except ChunkError as error:
+            self._kind = error.kind
+        except BaseException:
+            self.close()
+            raise
+        if self._kind or self._piece_stop == self._stop:
+            self.close()
+
+    def finish(self) -> LoadOutcome:
+        """Verify and scatter; reads on where a chunk of other settings is larger than a slot.
+
+        Data problems come back as an outcome; only errors of the service itself are raised.
+        """
+        try:
+            while not self._kind and self._good < self._take:
+                if self._piece_stop == self._piece_first and self._reader is not None:
+                    self._read_piece(self._reader)
+                self._kind = self._place_piece()
+        except ChunkError as error:
+            self._kind = error.kind
+        finally:
+            self.close()
+        return LoadOutcome(self._good, self._kind, self._read_bytes)
+
+    def close(self) -> None:
+        """Close the chunk; may be called again."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def _check_size(self, reader: ChunkReader) -> None:
         if reader.object_bytes < self._geometry.object_bytes:
@@ -127,42 +163,39 @@ class ChunkLoad:
         if reader.object_bytes > self._geometry.object_bytes:
             raise ChunkForeign(f"{reader.object_bytes} B instead of {self._geometry.object_bytes} B")
 
-    def _load(self, reader: ChunkReader) -> str:
-        """Read, verify and scatter; in pieces where a chunk of other settings is larger than a slot. Returns a kind."""
-        g, layout = self._geometry, self._group.layout
-        room = (self._slot.view.nbytes - g.header_bytes) // g.block_stride_bytes
+    def _read_piece(self, reader: ChunkReader) -> None:
+        """The next blocks into the slot, behind the header; the header too if it is the first piece."""
+        g, view = self._geometry, self.slot.view
+        room = (view.nbytes - g.header_bytes) // g.block_stride_bytes
         if room < 1:
             raise IoServiceError("a block larger than a staging slot")
-        iovecs, tiles = layout.iovecs(self._chunk.block_ids), len(layout.tiles)
-        header: ChunkHeader | None = None
-        while self._good < self._take:
-            first = self._chunk.take_first + self._good
-            stop = min(first + room, self._stop)
-            payload = self._read(reader, first, stop, with_header=header is None)
-            if header is None:
-                header = decode_header(self._slot.view[: g.header_bytes])
-                check_header(header, self._chunk.namespace, self.name, g, self._hashes[: self._stop])
-            bad = verify_blocks(header, first, stop, payload)
-            good = (stop if bad is None else bad) - first
-            if good:
-                part = iovecs[self._good * tiles : (self._good + good) * tiles]
-                address = self._slot.address + g.header_bytes
-                self._pages.scatter(part, tiles, address, g.block_bytes, g.block_stride_bytes)
-            self._good += good
-            if bad is not None:
-                return ChunkDamaged.kind
-        return ""
-
-    def _read(self, reader: ChunkReader, first: int, stop: int, *, with_header: bool) -> memoryview:
-        """Blocks [first, stop) into the slot, behind the header; the header too if it is wanted."""
-        g, view = self._geometry, self._slot.view
+        first = self._piece_stop
+        stop = min(first + room, self._stop)
         payload_end = g.header_bytes + (stop - first) * g.block_stride_bytes
-        payload = view[g.header_bytes : payload_end]
+        with_header = not self._read_bytes
         if with_header and first == 0:
             reader.read([view[:payload_end]], 0)
         else:
             if with_header:
                 reader.read([view[: g.header_bytes]], 0)
-            reader.read([payload], g.block_offset(first))
-        self._read_bytes += payload.nbytes + (g.header_bytes if with_header else 0)
-        return payload
+            reader.read([view[g.header_bytes : payload_end]], g.block_offset(first))
+        self._read_bytes += payload_end - (0 if with_header else g.header_bytes)
+        self._piece_first, self._piece_stop = first, stop
+
+    def _place_piece(self) -> str:
+        """Verify and scatter the piece in the slot. Returns what is wrong with it, empty for nothing."""
+        g, layout = self._geometry, self._group.layout
+        first, stop = self._piece_first, self._piece_stop
+        if self._header is None:
+            self._header = decode_header(self.slot.view[: g.header_bytes])
+            check_header(self._header, self._chunk.namespace, self.name, g, self._hashes[: self._stop])
+        payload = self.slot.view[g.header_bytes : g.header_bytes + (stop - first) * g.block_stride_bytes]
+        bad = verify_blocks(self._header, first, stop, payload)
+        good = (stop if bad is None else bad) - first
+        if good:
+            part = layout.iovecs(self._chunk.block_ids[self._good : self._good + good])
+            address = self.slot.address + g.header_bytes
+            self._pages.scatter(part, len(layout.tiles), address, g.block_bytes, g.block_stride_bytes)
+        self._good += good
+        self._piece_first = stop
+        return "" if bad is None else ChunkDamaged.kind

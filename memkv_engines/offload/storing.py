@@ -1,4 +1,4 @@
-"""One chunk from pages to the tier, in two steps: gather (the engine waits for it), then digest and write."""
+"""One chunk from pages to the tier: gather (the engine waits), digest (a core works), write (the device works)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memkv_engines.tier.base import Tier
 
 
 class ChunkStore:
-    """Stores one chunk: ``gather`` once, then ``write`` once, maybe on another thread.
+    """Stores one chunk: ``gather``, ``digest`` and ``write``, once each, maybe on different threads.
 
     Args:
         chunk: what to store and from where.
@@ -38,6 +38,7 @@ class ChunkStore:
             chunk.holes,
         )
         self._geometry = Geometry(len(self._hashes), group.block_bytes, group.block_tokens)
+        self._folder, self._name = namespace_folder(chunk.namespace), self._key.name
         if self._geometry.object_bytes > slot.view.nbytes:
             raise IoServiceError("a store larger than a staging slot")
 
@@ -70,28 +71,35 @@ class ChunkStore:
             g.block_stride_bytes,
         )
 
+    def digest(self, tier: Tier) -> bool:
+        """Make the header, unless the tier holds the chunk already.
+
+        Returns:
+            Whether there is something to write.
+        """
+        g = self._geometry
+        if not self._chunk.replace and tier.exists(self._folder, [self._name])[0]:
+            return False
+        header = build_header(
+            self._key,
+            g.block_tokens,
+            g.block_bytes,
+            self._hashes,
+            self._chunk.first_position,
+            self.slot.view[g.header_bytes : g.object_bytes],
+        )
+        self.slot.view[: g.header_bytes] = header.encode()
+        return True
+
     def write(self, tier: Tier) -> tuple[str, int]:
-        """Digest and publish. Blocking; never raises for trouble with the tier.
+        """Publish. Blocking; never raises for trouble with the tier.
 
         Returns:
             The outcome (``stored | present | full | failed``) and the bytes submitted to the device.
         """
-        g = self._geometry
-        folder = namespace_folder(self._key.namespace_digest)
-        name = self._key.name
+        view = self.slot.view[: self._geometry.object_bytes]
         try:
-            if not self._chunk.replace and tier.exists(folder, [name])[0]:
-                return "present", 0
-            header = build_header(
-                self._key,
-                g.block_tokens,
-                g.block_bytes,
-                self._hashes,
-                self._chunk.first_position,
-                self.slot.view[g.header_bytes : g.object_bytes],
-            )
-            self.slot.view[: g.header_bytes] = header.encode()
-            result = tier.put(folder, name, [self.slot.view[: g.object_bytes]], replace=self._chunk.replace)
+            result = tier.put(self._folder, self._name, [view], replace=self._chunk.replace)
         except TierFull:
             return "full", 0
         except (TierError, TransportError):

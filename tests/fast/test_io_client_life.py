@@ -223,7 +223,7 @@ def test_submitting_and_polling_never_block(running: IoClient, pool: Pool) -> No
         running.submit_load(job, (run,) * 1000)
         running.poll()
         slowest = max(slowest, time.monotonic() - start)
-    assert slowest < 0.25
+    assert slowest < 2  # A send that blocked would never come back: nobody reads.
     answers = results_of(running, 50)
     assert {a.job_id for a in answers if isinstance(a, LoadResult)} == set(range(50))
 

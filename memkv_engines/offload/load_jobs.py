@@ -1,0 +1,203 @@
+"""Load jobs: chunks of one request's prefix, read by some threads and placed by others.
+
+Reading and placing (verify, scatter) are separate stages so that the device stays busy: were one thread to do both, all
+threads would read at once, finish together and then leave the device idle while they compete for the cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from memkv_engines.errors import IoServiceError, MemKVError
+from memkv_engines.log import get_logger
+from memkv_engines.offload.groups import Group
+from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome, expand_run
+from memkv_engines.offload.messages import Load, LoadDone
+from memkv_engines.offload.pages import Pages
+from memkv_engines.offload.staging import StagingPool
+from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
+from memkv_engines.tier.base import Tier
+
+log = get_logger(__name__)
+
+
+@dataclass
+class _Job:
+    job_id: int
+    started: float
+    runs: list[list[LoadChunk]]
+    outcomes: list[list[LoadOutcome | None]]
+    remaining: int
+    malformed: frozenset[int]
+    # First bad chunk per run: what follows it in the chain is of no use.
+    first_bad: dict[int, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_pointless(self, run: int, index: int) -> bool:
+        return self.first_bad.get(run, index) < index
+
+    def answer(self) -> LoadDone:
+        good_blocks, kinds = [], []
+        done = [o for outcomes in self.outcomes for o in outcomes if o is not None]
+        for number, outcomes in enumerate(self.outcomes):
+            good, kind = 0, IoServiceError.kind if number in self.malformed else ""
+            for outcome in outcomes:
+                good += outcome.good_blocks if outcome else 0
+                kind = outcome.kind if outcome else "io_error"
+                if kind:
+                    break
+            good_blocks.append(good)
+            kinds.append(kind)
+        return LoadDone(
+            self.job_id,
+            tuple(good_blocks),
+            tuple(kinds),
+            sum(not o.kind for o in done),
+            sum(o.read_bytes for o in done),
+            int((time.perf_counter() - self.started) * 1e6),
+        )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One chunk of a job; ``load`` is there once it was read."""
+
+    job: _Job
+    run: int
+    index: int
+    load: ChunkLoad | None = None
+
+    @property
+    def chunk(self) -> LoadChunk:
+        return self.job.runs[self.run][self.index]
+
+
+class LoadJobs:
+    """Executes load jobs.
+
+    Args:
+        groups: the KV groups by number.
+        tier: where chunks live.
+        pages: where blocks go.
+        staging: slots; more than ``readers``, or placing holds reading up.
+        readers: threads that read.
+        placers: threads that verify and scatter.
+        reply: called from any of them with each answer; must be thread-safe.
+    """
+
+    def __init__(
+        self,
+        groups: dict[int, Group],
+        tier: Tier,
+        pages: Pages,
+        staging: StagingPool,
+        *,
+        readers: int,
+        placers: int,
+        reply: Callable[[LoadDone], None],
+    ) -> None:
+        self._groups, self._tier, self._pages, self._staging, self._reply = groups, tier, pages, staging, reply
+        self._wanted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._pending = 0
+        self._idle = threading.Condition()
+        self._stages: tuple[ThreadGroup[_Item], ...] = (
+            ThreadGroup("read", readers, self._wanted, self._read),
+            ThreadGroup("place", placers, self._arrived, self._place),
+        )
+
+    def start(self) -> None:
+        """Start the threads."""
+        for stage in self._stages:
+            stage.start()
+
+    def stop(self, deadline: float) -> None:
+        """Finish what was submitted and end the threads; gives up waiting at the deadline (monotonic clock)."""
+        for stage in self._stages:
+            stage.stop(deadline)
+
+    def wait_idle(self, timeout_s: float) -> None:
+        """Block until no load is pending or the time is up."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._pending, timeout_s)
+
+    def submit(self, message: Load) -> None:
+        """Queue a job; does not block."""
+        runs: list[list[LoadChunk]] = []
+        malformed = set()
+        for number, run in enumerate(message.runs):
+            try:
+                runs.append(expand_run(run))
+            except JOB_ERRORS as error:
+                log.warning("load refused: %s", error)
+                malformed.add(number)
+                runs.append([])
+        count = sum(map(len, runs))
+        outcomes: list[list[LoadOutcome | None]] = [[None] * len(r) for r in runs]
+        job = _Job(message.job_id, time.perf_counter(), runs, outcomes, count, frozenset(malformed))
+        if not count:
+            self._reply(job.answer())
+            return
+        with self._idle:
+            self._pending += count
+        for number, chunks in enumerate(runs):
+            for index in range(len(chunks)):
+                self._wanted.put(_Item(job, number, index))
+
+    def _read(self, item: _Item) -> None:
+        if item.job.is_pointless(item.run, item.index):
+            self._settle(item, LoadOutcome(0, "skipped", 0))
+            return
+        slot = self._staging.acquire()
+        try:
+            load = ChunkLoad(item.chunk, self._groups[item.chunk.group], self._tier, self._pages, slot)
+            load.read()
+        except JOB_ERRORS as error:
+            self._staging.release(slot)
+            self._settle(item, _failed(error))
+            return
+        self._arrived.put(_Item(item.job, item.run, item.index, load))
+
+    def _place(self, item: _Item) -> None:
+        load = item.load
+        if load is None:
+            raise AssertionError("an item that was not read")
+        try:
+            if item.job.is_pointless(item.run, item.index):
+                load.close()
+                outcome = LoadOutcome(0, "skipped", 0)
+            else:
+                outcome = load.finish()
+            if outcome.kind in REMOVABLE_KINDS:
+                with contextlib.suppress(MemKVError, OSError):
+                    self._tier.remove(load.folder, load.name)
+        except JOB_ERRORS as error:
+            outcome = _failed(error)
+        finally:
+            self._staging.release(load.slot)
+        self._settle(item, outcome)
+
+    def _settle(self, item: _Item, outcome: LoadOutcome) -> None:
+        job = item.job
+        with job.lock:
+            job.outcomes[item.run][item.index] = outcome
+            if outcome.kind:
+                job.first_bad[item.run] = min(item.index, job.first_bad.get(item.run, item.index))
+            job.remaining -= 1
+            finished = job.remaining == 0
+        with self._idle:
+            self._pending -= 1
+            if not self._pending:
+                self._idle.notify_all()
+        if finished:
+            self._reply(job.answer())
+
+
+def _failed(error: Exception) -> LoadOutcome:
+    log.warning("load failed: %s", error)
+    return LoadOutcome(0, getattr(error, "kind", "io_error"), 0)

@@ -1,0 +1,165 @@
+"""Store jobs: chunks of one engine step, gathered at once, then digested and written in the background.
+
+Three stages: one thread gathers (the engine's next step waits for it, so it never touches the tier), some digest, some
+write. Digesting and writing stand back while loads are pending.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from memkv_engines.log import get_logger
+from memkv_engines.offload.groups import Group
+from memkv_engines.offload.messages import Gathered, Store, StoreDone
+from memkv_engines.offload.pages import Pages
+from memkv_engines.offload.staging import StagingPool
+from memkv_engines.offload.storing import ChunkStore
+from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
+from memkv_engines.tier.base import Tier
+
+log = get_logger(__name__)
+
+YIELD_TO_LOADS_S = 1.0
+
+
+@dataclass
+class _Job:
+    message: Store
+    outcomes: list[str]
+    remaining: int
+    written_bytes: int = 0
+    payload_bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One gathered chunk of a job."""
+
+    job: _Job
+    index: int
+    store: ChunkStore
+
+
+class StoreJobs:
+    """Executes store jobs.
+
+    Args:
+        groups: the KV groups by number.
+        tier: where chunks go.
+        pages: where blocks come from.
+        staging: slots; a chunk that finds none is shed.
+        digesters: threads that digest.
+        writers: threads that write.
+        yield_to_loads: blocks, for at most the given seconds, while loads are pending.
+        reply: called from any thread with each answer; must be thread-safe.
+    """
+
+    def __init__(
+        self,
+        groups: dict[int, Group],
+        tier: Tier,
+        pages: Pages,
+        staging: StagingPool,
+        *,
+        digesters: int,
+        writers: int,
+        yield_to_loads: Callable[[float], None],
+        reply: Callable[[Gathered | StoreDone], None],
+    ) -> None:
+        self._groups, self._tier, self._pages, self._staging, self._reply = groups, tier, pages, staging, reply
+        self._yield_to_loads = yield_to_loads
+        self._submitted: queue.SimpleQueue[Store | None] = queue.SimpleQueue()
+        self._gathered: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._digested: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._gatherer: ThreadGroup[Store] = ThreadGroup("gather", 1, self._submitted, self._gather)
+        self._finishers: tuple[ThreadGroup[_Item], ...] = (
+            ThreadGroup("digest", digesters, self._gathered, self._digest),
+            ThreadGroup("write", writers, self._digested, self._write),
+        )
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._gatherer.start()
+        for stage in self._finishers:
+            stage.start()
+
+    def stop(self, deadline: float) -> None:
+        """Write what was submitted and end the threads; gives up waiting at the deadline (monotonic clock)."""
+        self._gatherer.stop(deadline)
+        for stage in self._finishers:
+            stage.stop(deadline)
+
+    def submit(self, message: Store) -> None:
+        """Queue a job; does not block."""
+        self._submitted.put(message)
+
+    def _gather(self, message: Store) -> None:
+        job = _Job(message, ["shed"] * len(message.chunks), len(message.chunks))
+        ready = []
+        for index in range(len(message.chunks)):
+            store = self._gather_one(job, index)
+            if store is not None:
+                ready.append(_Item(job, index, store))
+        self._reply(Gathered(message.job_id))
+        dropped = len(message.chunks) - len(ready)
+        for item in ready:
+            self._gathered.put(item)
+        if dropped or not message.chunks:
+            self._account(job, dropped)
+
+    def _gather_one(self, job: _Job, index: int) -> ChunkStore | None:
+        chunk = job.message.chunks[index]
+        slot = self._staging.try_acquire()
+        if slot is None:
+            return None
+        try:
+            store = ChunkStore(chunk, self._groups[chunk.group], slot)
+            store.gather(self._pages)
+            return store
+        except JOB_ERRORS as error:
+            log.warning("gather failed: %s", error)
+            job.outcomes[index] = "failed"
+            self._staging.release(slot)
+            return None
+
+    def _digest(self, item: _Item) -> None:
+        self._yield_to_loads(YIELD_TO_LOADS_S)
+        try:
+            needed = item.store.digest(self._tier)
+        except JOB_ERRORS as error:
+            log.warning("store failed: %s", error)
+            self._settle(item, "failed", 0)
+            return
+        if needed:
+            self._digested.put(item)
+        else:
+            self._settle(item, "present", 0)
+
+    def _write(self, item: _Item) -> None:
+        self._yield_to_loads(YIELD_TO_LOADS_S)
+        try:
+            outcome, written = item.store.write(self._tier)
+        except JOB_ERRORS as error:
+            log.warning("store failed: %s", error)
+            outcome, written = "failed", 0
+        self._settle(item, outcome, written)
+
+    def _settle(self, item: _Item, outcome: str, written_bytes: int) -> None:
+        self._staging.release(item.store.slot)
+        job = item.job
+        with job.lock:
+            job.outcomes[item.index] = outcome
+            job.written_bytes += written_bytes
+            job.payload_bytes += item.store.payload_bytes if written_bytes else 0
+        self._account(job, 1)
+
+    def _account(self, job: _Job, count: int) -> None:
+        with job.lock:
+            job.remaining -= count
+            if job.remaining:
+                return
+        self._reply(StoreDone(job.message.job_id, tuple(job.outcomes), job.written_bytes, job.payload_bytes))
