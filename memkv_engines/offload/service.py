@@ -28,7 +28,8 @@ from memkv_engines.tier.base import Tier
 log = get_logger(__name__)
 
 _PLACERS = 2
-_DIGESTERS = 1
+_GATHERERS = 2
+_DIGESTERS = 2
 
 
 def staging_slots(staging_bytes: int, slot_bytes: int, io_threads: int) -> tuple[int, int]:
@@ -73,6 +74,7 @@ class IoService:
             self._tier,
             pages,
             StagingPool(slot_bytes, store_slots),
+            gatherers=_GATHERERS,
             digesters=_DIGESTERS,
             writers=setup.io_threads,
             yield_to_loads=self._loads.wait_idle,

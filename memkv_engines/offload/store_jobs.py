@@ -1,7 +1,7 @@
 """Store jobs: chunks of one engine step, gathered at once, then digested and written in the background.
 
-Three stages: one thread gathers (the engine's next step waits for it, so it never touches the tier), some digest, some
-write. Digesting and writing stand back while loads are pending.
+Three stages: some threads gather (the engine's next step waits for them, so they never touch the tier), some digest,
+some write. Digesting and writing stand back while loads are pending.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ YIELD_TO_LOADS_S = 1.0
 class _Job:
     message: Store
     outcomes: list[str]
+    ungathered: int
     remaining: int
+    ready: list[_Item] = field(default_factory=list)
     written_bytes: int = 0
     payload_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -44,6 +46,14 @@ class _Item:
     store: ChunkStore
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """One chunk that is to be gathered."""
+
+    job: _Job
+    index: int
+
+
 class StoreJobs:
     """Executes store jobs.
 
@@ -52,6 +62,7 @@ class StoreJobs:
         tier: where chunks go.
         pages: where blocks come from.
         staging: slots; a chunk that finds none is shed.
+        gatherers: threads that gather.
         digesters: threads that digest.
         writers: threads that write.
         yield_to_loads: blocks, for at most the given seconds, while loads are pending.
@@ -65,6 +76,7 @@ class StoreJobs:
         pages: Pages,
         staging: StagingPool,
         *,
+        gatherers: int,
         digesters: int,
         writers: int,
         yield_to_loads: Callable[[float], None],
@@ -72,10 +84,10 @@ class StoreJobs:
     ) -> None:
         self._groups, self._tier, self._pages, self._staging, self._reply = groups, tier, pages, staging, reply
         self._yield_to_loads = yield_to_loads
-        self._submitted: queue.SimpleQueue[Store | None] = queue.SimpleQueue()
+        self._submitted: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
         self._gathered: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._digested: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._gatherer: ThreadGroup[Store] = ThreadGroup("gather", 1, self._submitted, self._gather)
+        self._gatherers: ThreadGroup[_Wanted] = ThreadGroup("gather", gatherers, self._submitted, self._gather)
         self._finishers: tuple[ThreadGroup[_Item], ...] = (
             ThreadGroup("digest", digesters, self._gathered, self._digest),
             ThreadGroup("write", writers, self._digested, self._write),
@@ -83,32 +95,43 @@ class StoreJobs:
 
     def start(self) -> None:
         """Start the threads."""
-        self._gatherer.start()
+        self._gatherers.start()
         for stage in self._finishers:
             stage.start()
 
     def stop(self, deadline: float) -> None:
         """Write what was submitted and end the threads; gives up waiting at the deadline (monotonic clock)."""
-        self._gatherer.stop(deadline)
+        self._gatherers.stop(deadline)
         for stage in self._finishers:
             stage.stop(deadline)
 
     def submit(self, message: Store) -> None:
         """Queue a job; does not block."""
-        self._submitted.put(message)
+        count = len(message.chunks)
+        job = _Job(message, ["shed"] * count, count, count)
+        for index in range(count):
+            self._submitted.put(_Wanted(job, index))
+        if not count:
+            self._all_gathered(job)
 
-    def _gather(self, message: Store) -> None:
-        job = _Job(message, ["shed"] * len(message.chunks), len(message.chunks))
-        ready = []
-        for index in range(len(message.chunks)):
-            store = self._gather_one(job, index)
+    def _gather(self, wanted: _Wanted) -> None:
+        job = wanted.job
+        store = self._gather_one(job, wanted.index)
+        with job.lock:
             if store is not None:
-                ready.append(_Item(job, index, store))
-        self._reply(Gathered(message.job_id))
-        dropped = len(message.chunks) - len(ready)
+                job.ready.append(_Item(job, wanted.index, store))
+            job.ungathered -= 1
+            if job.ungathered:
+                return
+        self._all_gathered(job)
+
+    def _all_gathered(self, job: _Job) -> None:
+        self._reply(Gathered(job.message.job_id))
+        ready, job.ready = job.ready, []
+        dropped = len(job.outcomes) - len(ready)
         for item in ready:
             self._gathered.put(item)
-        if dropped or not message.chunks:
+        if dropped or not ready:
             self._account(job, dropped)
 
     def _gather_one(self, job: _Job, index: int) -> ChunkStore | None:
