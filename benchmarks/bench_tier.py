@@ -11,6 +11,8 @@ over the rounds of one run and in another order each round:
 ``raw``, ``fio`` and ``staging`` each take the number of threads that suits them best. The limit is the best median of
 ``raw`` and ``fio``; what is reported is each way's share of it. Nothing beats the limit: a share above 1.02 means that
 the measurement is wrong, and fails. All ways move the same payload; the header of a chunk counts as overhead.
+On a virtual machine the host may keep the cores for others. Each step notes how much of their time (``stolen``), and
+medians are taken over the steps that lost at most 5%, where there are five of them, for every way alike.
 The tier's bucket folders exist before the first timed round, as they do in a tier that has been used for a while.
 
 Usage: ``python -m benchmarks.bench_tier [--directory DIR] [--sizes 2,4,8,16] [--json FILE]``
@@ -25,7 +27,7 @@ import shutil
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,8 @@ from memkv_engines.limits import KIB, MIB
 from memkv_engines.tier.directory import DirectoryTier
 
 MAX_SHARE = 1.02
+MAX_STOLEN = 0.05
+MIN_UNDISTURBED = 5
 REFUSED = 3
 """Exit status where the file system takes no direct I/O: there is no limit to compare with."""
 _LIMITS = ("raw", "fio")
@@ -164,6 +168,18 @@ class Result:
     count: int
     direction: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    stolen: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, label: str, seconds: float, stolen: float) -> None:
+        """Note one step: how long it took, and the share of the cores' time that the host kept."""
+        self.seconds.setdefault(label, []).append(seconds)
+        self.stolen.setdefault(label, []).append(stolen)
+
+    def undisturbed(self, label: str) -> list[float]:
+        """Seconds of the steps during which the host left us the cores; of all steps where those are too few."""
+        pairs = zip(self.seconds[label], self.stolen.get(label, []), strict=False)
+        kept = [seconds for seconds, stolen in pairs if stolen <= MAX_STOLEN]
+        return kept if len(kept) >= MIN_UNDISTURBED else self.seconds[label]
 
     @property
     def total_bytes(self) -> int:
@@ -173,18 +189,18 @@ class Result:
     def best(self, *ways: str) -> str:
         """Label of the shortest median among some ways."""
         labels = [label for label in self.seconds if label.split("/")[0] in ways]
-        return min(labels, key=lambda label: harness.median(self.seconds[label]))
+        return min(labels, key=lambda label: harness.median(self.undisturbed(label)))
 
     def gb_per_s(self, label: str) -> float:
         """Payload per second of the median round."""
-        return self.total_bytes / harness.median(self.seconds[label]) / 1e9
+        return self.total_bytes / harness.median(self.undisturbed(label)) / 1e9
 
     def shares(self) -> dict[str, tuple[str, float, float, float]]:
         """Per way that is not a limit: its best label, its share of the limit and the 95% interval."""
         limit = self.best(*_LIMITS)
         ways = dict.fromkeys(label.split("/")[0] for label in self.seconds)
         return {
-            way: (self.best(way), *harness.ratio_of_medians(self.seconds[limit], self.seconds[self.best(way)]))
+            way: (self.best(way), *harness.ratio_of_medians(self.undisturbed(limit), self.undisturbed(self.best(way))))
             for way in ways
             if way not in _LIMITS
         }
@@ -203,6 +219,7 @@ class Result:
                 for way, (label, share, low, high) in self.shares().items()
             },
             "seconds": self.seconds,
+            "stolen": self.stolen,
         }
 
 
@@ -217,15 +234,21 @@ def measure(contestants: Sequence[Contestant], chunk_bytes: int, count: int, rou
         for contestant in order.sample(contestants, len(contestants)):
             yield contestant.label
             try:
-                written = contestant.write()
+                written = _step(contestant.write)
                 harness.drop_from_page_cache(contestant.files())
-                taken = (written, contestant.read())
+                taken = (written, _step(contestant.read))
             finally:
                 contestant.clean()
             if round_:
-                for result, seconds in zip(results, taken, strict=True):
-                    result.seconds.setdefault(contestant.label, []).append(seconds)
+                for result, (seconds, stolen) in zip(results, taken, strict=True):
+                    result.add(contestant.label, seconds, stolen)
     yield from results
+
+
+def _step(work: Callable[[], float]) -> tuple[float, float]:
+    before = harness.cpu_ticks()
+    seconds = work()
+    return seconds, harness.stolen_share(before, harness.cpu_ticks())
 
 
 @contextmanager
@@ -270,10 +293,17 @@ def show(results: Sequence[Result]) -> None:
     for result in results:
         limit = result.best(*_LIMITS)
         what = f"{result.direction} {result.chunk_bytes / MIB:g} MiB"
-        rows.append([what, limit, f"{result.gb_per_s(limit):.2f}", "", ""])
-        for label, share, low, high in result.shares().values():
-            rows.append(["", label, f"{result.gb_per_s(label):.2f}", f"{share:.1%}", f"{low:.1%} to {high:.1%}"])
-    harness.print_table("Medians and share of the limit", ["chunk", "way", "GB/s", "share", "95% interval"], rows)
+        shares = {limit: ("", ""), **{label: _share_texts(*share) for label, *share in result.shares().values()}}
+        for label, texts in shares.items():
+            steps = f"{len(result.undisturbed(label))} of {len(result.seconds[label])}"
+            rows.append([what, label, f"{result.gb_per_s(label):.2f}", *texts, steps])
+            what = ""
+    columns = ["chunk", "way", "GB/s", "share", "95% interval", "steps"]
+    harness.print_table("Medians and share of the limit", columns, rows)
+
+
+def _share_texts(share: float, low: float, high: float) -> tuple[str, str]:
+    return f"{share:.1%}", f"{low:.1%} to {high:.1%}"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
@@ -292,8 +322,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.bench_tier", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--directory", type=Path, help="where to write; a folder in it is made and removed")
     parser.add_argument("--sizes", default="2,4,8,16", help="chunk sizes in MiB")
-    parser.add_argument("--total-mib", type=int, default=512, help="payload per round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one to warm up")
+    parser.add_argument("--total-mib", type=int, default=256, help="payload per round")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds that count, after one to warm up")
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="numbers of threads to try")
     parser.add_argument("--no-fio", action="store_true", help="leave fio out")
     parser.add_argument("--json", type=Path, default=harness.BUILD / "tier.json", help="the record; a plot beside it")

@@ -47,6 +47,17 @@ def environment(directory: Path) -> dict[str, Any]:
     }
 
 
+def cpu_ticks() -> tuple[int, int]:
+    """Ticks that the host of a virtual machine kept for others while we had work, and all ticks, since boot."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    return ticks[7], sum(ticks)
+
+
+def stolen_share(before: tuple[int, int], after: tuple[int, int]) -> float:
+    """Share of the cores' time between two readings of ``cpu_ticks`` that the host kept for others."""
+    return (after[0] - before[0]) / max(1, after[1] - before[1])
+
+
 def _field_of(file_name: str, field: str) -> str:
     try:
         lines = Path(file_name).read_text(encoding="utf-8").splitlines()

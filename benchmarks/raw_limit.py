@@ -24,8 +24,8 @@ import numpy as np
 
 from benchmarks.harness import drop_from_page_cache, median
 
-THREADS = (1, 2, 4, 8)
-FIO_DEPTHS = (1, 8)
+THREADS = (2, 4, 8)
+FIO_DEPTHS = (4, 8)
 _HUGE_PAGE_BYTES = 2 << 20
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC

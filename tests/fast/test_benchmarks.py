@@ -73,6 +73,25 @@ def test_shares_are_ratios_to_the_best_limit_of_the_same_run() -> None:
     assert result.record()["limit_gb_per_s"] == pytest.approx(40 * MIB / 1e9)
 
 
+def test_steps_that_the_host_disturbed_do_not_count() -> None:
+    result = Result(4 * MIB, 10, "write")
+    for seconds, stolen in [(1.0, 0.0)] * 5 + [(9.0, 0.3)] * 6:
+        result.add("raw/1", seconds, stolen)
+    for seconds, stolen in [(2.0, 0.04)] * 4 + [(8.0, 0.06)] * 5:
+        result.add("pages/x", seconds, stolen)
+    assert harness.median(result.undisturbed("raw/1")) == 1.0
+    assert len(result.undisturbed("pages/x")) == 9, "too few steps to choose from"
+    assert result.shares()["pages"][1] == 1 / 8
+    assert result.record()["stolen"]["pages/x"] == [0.04] * 4 + [0.06] * 5
+
+
+def test_stolen_time_is_a_share() -> None:
+    first = harness.cpu_ticks()
+    assert 0 <= first[0] <= first[1]
+    assert harness.stolen_share((10, 100), (15, 200)) == 0.05
+    assert harness.stolen_share(first, first) == 0
+
+
 def test_what_beats_the_limit_was_mis_measured() -> None:
     fine, wrong = result_of(raw_1=[1.0] * 5, pages_x=[0.99] * 5), result_of(raw_1=[1.0] * 5, pages_x=[0.97] * 5)
     assert bench_tier.problems([fine]) == []
