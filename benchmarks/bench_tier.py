@@ -295,7 +295,7 @@ def show(results: Sequence[Result]) -> None:
         what = f"{result.direction} {result.chunk_bytes / MIB:g} MiB"
         shares = {limit: ("", ""), **{label: _share_texts(*share) for label, *share in result.shares().values()}}
         for label, texts in shares.items():
-            steps = f"{len(result.undisturbed(label))} of {len(result.seconds[label])}"
+            steps = f"{len(result.undisturbed(label))}/{len(result.seconds[label])}"
             rows.append([what, label, f"{result.gb_per_s(label):.2f}", *texts, steps])
             what = ""
     columns = ["chunk", "way", "GB/s", "share", "95% interval", "steps"]
@@ -303,7 +303,7 @@ def show(results: Sequence[Result]) -> None:
 
 
 def _share_texts(share: float, low: float, high: float) -> tuple[str, str]:
-    return f"{share:.1%}", f"{low:.1%} to {high:.1%}"
+    return f"{share:.1%}", f"{low:.0%} to {high:.0%}"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
