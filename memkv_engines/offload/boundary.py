@@ -21,21 +21,26 @@ REFUSALS = (ConfigError, IdentityError, LayoutError)
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
-def guarded(default: Callable[[], Any] = lambda: None, *, recover: str = "") -> Callable[[Hook], Hook]:
+def guarded(
+    default: Callable[[], Any] = lambda: None, *, recover: str = "", refusals: bool = True
+) -> Callable[[Hook], Hook]:
     """Wrap an engine hook of an object that has ``counters: Counters``.
 
     Args:
         default: makes what the hook answers when it fails.
         recover: name of a method to call with the hook's arguments when it fails, for hooks that the engine or the
             correctness of stored bytes depends on; what it returns is the answer.
+        refusals: let refusals (bad configuration, identity or layout) through, as start-up hooks do.
     """
+
+    stops: tuple[type[Exception], ...] = REFUSALS if refusals else ()
 
     def wrap(hook: Hook) -> Hook:
         @functools.wraps(hook)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return hook(self, *args, **kwargs)
-            except REFUSALS:
+            except stops:
                 # Start-up refusals are meant to stop the engine before it serves anything.
                 raise
             except Exception:

@@ -19,7 +19,7 @@ _RECEIVE_BYTES = 1 * MIB
 
 
 class EngineEnd:
-    """The engine's end. Not thread-safe; no method but ``wait`` blocks.
+    """The engine's end: one thread at a time, but for ``wait``, which alone blocks and may run beside the others.
 
     Args:
         sock: one end of a stream socket pair.
@@ -32,6 +32,7 @@ class EngineEnd:
             sock.setsockopt(socket.SOL_SOCKET, option, 4 * MIB)
         self._outbox = bytearray()
         self._inbox = bytearray()
+        self._flushing = threading.Lock()
 
     def send(self, message: bytes) -> None:
         """Queue one message and push what fits.
@@ -41,7 +42,8 @@ class EngineEnd:
         """
         if len(message) > MAX_MESSAGE_BYTES or len(self._outbox) + len(message) > MAX_OUTBOX_BYTES:
             raise IoServiceError(f"outbox full: {len(self._outbox)} B wait, {len(message)} B more")
-        self._outbox += _LENGTH.pack(len(message)) + message
+        with self._flushing:
+            self._outbox += _LENGTH.pack(len(message)) + message
         self._flush()
 
     def receive(self) -> list[bytes]:
@@ -83,14 +85,15 @@ class EngineEnd:
         self._sock.close()
 
     def _flush(self) -> None:
-        while self._outbox:
-            try:
-                sent = self._sock.send(self._outbox)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise IoServiceError(f"I/O service connection failed: {error.strerror}") from error
-            del self._outbox[:sent]
+        with self._flushing:
+            while self._outbox:
+                try:
+                    sent = self._sock.send(self._outbox)
+                except BlockingIOError:
+                    return
+                except OSError as error:
+                    raise IoServiceError(f"I/O service connection failed: {error.strerror}") from error
+                del self._outbox[:sent]
 
 
 class ServiceEnd:

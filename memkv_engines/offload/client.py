@@ -238,9 +238,10 @@ class IoClient:
         return len(self._stores)
 
     def wait(self, timeout_s: float) -> None:
-        """Block until something may have come in; for tests, tools and benchmarks."""
-        if self._backend is not None:
-            self._backend.wait(timeout_s)
+        """Block until something may have come in. May run beside the other methods, on another thread."""
+        backend = self._backend
+        if backend is not None:
+            backend.wait(timeout_s)
 
     # --- inside --------------------------------------------------------------
 

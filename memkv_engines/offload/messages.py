@@ -98,6 +98,10 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     """Walk the chain of one group from block ``start`` on. ``hashes`` are the prompt's from there on, joined.
 
     Every shard in ``shards`` must hold what is reported. Blocks before ``need_from`` may be holes (sliding windows).
+
+    With ``anywhere`` chunks may start at any block, not only on the engine's grid: the first ``wanted`` hashes come
+    before what is asked for, only because a chunk that covers it may begin there (at most ``largest_chunk`` blocks
+    back), and a walk goes on behind a chunk it diverges from. With ``survey`` it also goes on behind a missing block.
     """
 
     probe_id: int
@@ -108,6 +112,14 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     need_from: int
     hashes: bytes
     shards: tuple[tuple[int, int, int, int, int, int], ...]
+    anywhere: bool = False
+    wanted: int = 0
+    largest_chunk: int = 0
+    survey: bool = False
+
+    def numbered(self, probe_id: int) -> Probe:
+        """The same with another id."""
+        return msgspec.structs.replace(self, probe_id=probe_id)
 
 
 class Manifest(msgspec.Struct, frozen=True, tag="manifest"):

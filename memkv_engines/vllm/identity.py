@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 from memkv_engines.config import Config
+from memkv_engines.doors.fingerprint import combine
 from memkv_engines.errors import IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.vllm import compat
-from memkv_engines.vllm.fingerprint import combine
 from memkv_engines.vllm.metadata import Handshake
 
 # Fields of a model's configuration that do not change what it computes.

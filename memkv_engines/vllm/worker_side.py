@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from memkv_engines.config import Config
+from memkv_engines.doors.fingerprint import parameter_sums
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.messages import LoadRun, Setup, StoreChunk
 from memkv_engines.vllm import compat, geometry
-from memkv_engines.vllm.fingerprint import parameter_sums
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
 
 log = get_logger(__name__)

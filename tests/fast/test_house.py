@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"gpu", "transports"}),
     frozenset({"tier"}),
     frozenset({"offload"}),
+    frozenset({"doors"}),
     frozenset({"vllm", "sglang", "lmcache"}),
     frozenset({"cli"}),
 )
@@ -29,7 +30,7 @@ LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in laye
 
 # Where each heavy library may be imported, even inside a function: prefixes of dotted module names.
 HEAVY = {
-    "torch": ("vllm", "sglang", "lmcache"),
+    "torch": ("doors", "vllm", "sglang", "lmcache"),
     "vllm": ("vllm",),
     "sglang": ("sglang",),
     "lmcache": ("lmcache",),

@@ -1,0 +1,130 @@
+"""The I/O service for callers that wait: one answer per call, from any thread.
+
+SGLang's controller asks, loads and stores from three threads of its own, each of which waits for its answer. One pump
+thread takes answers in and wakes them; a call costs one message, one answer and no polling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+
+from memkv_engines.errors import IoServiceError
+from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Segment, StoreChunk
+
+Answer = LoadResult | StoreResult | ProbeDone
+_PUMP_S = 0.05
+
+
+class BlockingClient:
+    """Wraps an ``IoClient``; thread-safe. Nobody else may use the client.
+
+    Args:
+        client: not started yet.
+    """
+
+    def __init__(self, client: IoClient) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
+        self._ids = itertools.count(1)
+        self._wanted: set[int] = set()
+        self._answers: dict[int, Answer] = {}
+        self._closed = threading.Event()
+        self._pump = threading.Thread(target=self._run, name="memkv-pump", daemon=True)
+
+    @property
+    def description(self) -> str:
+        """Where the service runs and which transport it took."""
+        return f"{self._client.mode}, {self._client.ready.tier_name} ({self._client.ready.mode_reason})"
+
+    def start(self) -> None:
+        """Start the service; errors as in ``IoClient.start``. To be called on the process's main thread."""
+        self._client.start()
+        self._pump.start()
+
+    def close(self) -> None:
+        """Let gathered stores finish, bounded, and end the service. Calls that wait are answered as failed."""
+        with self._news:
+            self._closed.set()
+            self._client.close()
+            self._news.notify_all()
+
+    def load(self, runs: Sequence[LoadRun]) -> LoadResult:
+        """Load; blocks for at most the client's load timeout. A failure is an answer, never an exception."""
+        with self._news:
+            job = self._next()
+            self._client.submit_load(job, tuple(runs))
+            answer = self._await(job, None)
+        if isinstance(answer, LoadResult):
+            return answer
+        return LoadResult(job, (0,) * len(runs), (IoServiceError.kind,) * len(runs))
+
+    def store(self, chunks: Sequence[StoreChunk]) -> StoreResult:
+        """Store; blocks until every chunk is published or lost. A failure is an answer, never an exception."""
+        with self._news:
+            job = self._next()
+            self._client.submit_store(job, tuple(chunks))
+            answer = self._await(job, None)
+        return answer if isinstance(answer, StoreResult) else StoreResult(job, ("failed",) * len(chunks))
+
+    def probe(self, probe: Probe, timeout_s: float) -> tuple[Segment, ...]:
+        """Look up; what is not known in time is not there. ``probe_id`` is given here."""
+        with self._news:
+            job = self._next()
+            self._client.counters.add("probe_requests")
+            self._client.submit_probe(probe.numbered(job))
+            answer = self._await(job, time.monotonic() + timeout_s)
+            if answer is None:
+                self._client.counters.add("probe_timeouts")
+        return answer.segments if isinstance(answer, ProbeDone) else ()
+
+    def manifest(self, manifest: Manifest) -> None:
+        """Record a namespace, best effort."""
+        with self._lock:
+            self._client.submit_manifest(manifest)
+
+    def counters(self) -> dict[str, int]:
+        """What was counted so far."""
+        with self._lock:
+            return self._client.counters.as_dict()
+
+    def _next(self) -> int:
+        job = next(self._ids)
+        self._wanted.add(job)
+        return job
+
+    def _await(self, job: int, deadline: float | None) -> Answer | None:
+        while job not in self._answers and not self._closed.is_set():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            self._news.wait(left)
+        self._wanted.discard(job)
+        return self._answers.pop(job, None)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                # Outside the lock: callers must be able to submit meanwhile.
+                self._client.wait(_PUMP_S)
+            except (OSError, ValueError):
+                pass  # The service was lost, and its socket closed, while we waited; the poll deals with it.
+            with self._news:
+                if self._closed.is_set():
+                    return
+                self._take()
+            if self._client.mode == "down":
+                time.sleep(_PUMP_S)
+
+    def _take(self) -> None:
+        answers: list[Answer] = self._client.poll()
+        for answer in answers:
+            job = answer.probe_id if isinstance(answer, ProbeDone) else answer.job_id
+            if job in self._wanted:
+                self._answers[job] = answer
+        if answers:
+            self._news.notify_all()

@@ -1,0 +1,1 @@
+"""The SGLang door: a storage backend for the hierarchical cache."""

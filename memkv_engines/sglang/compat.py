@@ -1,0 +1,52 @@
+"""What depends on a version of SGLang, and what it does not hand to storage backends. Written against 0.5.23."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+
+PREFIX_KEYS = "hicache_storage_pass_prefix_keys"
+
+
+def passes_prefix_keys(depth: int = 2) -> bool | None:
+    """Whether the controller will pass the hashes of the pages before a batch.
+
+    SGLang takes the key out of the extra config before a backend sees it; whoever read the configuration is up the
+    stack while the backend is made, and holds the value in a variable of that name.
+
+    Returns:
+        None where nobody up the stack knows.
+    """
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        if PREFIX_KEYS in frame.f_locals:
+            return bool(frame.f_locals[PREFIX_KEYS])
+        frame = frame.f_back
+    return None
+
+
+def model_runner(depth: int = 2) -> Any | None:
+    """The model runner of this scheduler process: backends are handed no model, the scheduler up the stack has one."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        for name in ("self", "scheduler"):
+            worker = getattr(frame.f_locals.get(name), "tp_worker", None)
+            if worker is not None and getattr(worker, "model_runner", None) is not None:
+                return worker.model_runner
+        frame = frame.f_back
+    return None
+
+
+def sum_over_ranks(values: list[int], tp_size: int) -> list[int]:
+    """Add up 63-bit values over the tensor-parallel ranks, modulo 2**62; every rank must call it."""
+    if tp_size == 1:
+        return values
+    from sglang.srt.runtime_context import get_parallel
+
+    # 31 bits at a time, so that no sum over ranks overflows.
+    parts = torch.tensor([[v % 2**31, (v >> 31) % 2**31] for v in values], dtype=torch.int64)
+    torch.distributed.all_reduce(parts, group=get_parallel().tp_group.cpu_group)
+    return [int(low + (high << 31)) % 2**62 for low, high in parts.tolist()]

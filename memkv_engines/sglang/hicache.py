@@ -1,0 +1,276 @@
+"""``MemKVHiCache``: storage backend of SGLang's hierarchical cache.
+
+    --hicache-storage-backend dynamic --hicache-storage-backend-extra-config '{"backend_name": "memkv_engines",
+      "module_path": "memkv_engines.sglang.hicache", "class_name": "MemKVHiCache", "interface_v1": 1,
+      "hicache_storage_pass_prefix_keys": true, "path": "/nvme/memkv"}'
+
+Lives in the scheduler process of each rank. The controller calls it from three threads (look-ups, loads, stores); each
+call blocks its thread only, and no exception leaves it, since a controller thread that dies is not started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sglang.srt.mem_cache.hicache_storage import (
+    HiCacheStorage,
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+    PoolHitPolicy,
+    PoolName,
+    PoolTransfer,
+    PoolTransferResult,
+)
+
+from memkv_engines.config import load_config
+from memkv_engines.errors import LayoutError
+from memkv_engines.log import get_logger
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.blocking import BlockingClient
+from memkv_engines.offload.boundary import guarded
+from memkv_engines.offload.client import IoClient
+from memkv_engines.offload.messages import Manifest, Setup
+from memkv_engines.sglang import compat, identity
+from memkv_engines.sglang.pages import PageStore
+from memkv_engines.sglang.pools import HostPool
+from memkv_engines.tier.directory import DirectoryTier
+
+log = get_logger(__name__)
+
+_SGLANG_KEYS = frozenset({"backend_name", "module_path", "class_name", "interface_v1", "file_storage_path"})
+
+
+class MemKVHiCache(HiCacheStorage):
+    """Pages of the host pools as chunks in the tier.
+
+    Args:
+        storage_config: SGLang's; ``extra_config`` holds our keys beside SGLang's own.
+        kwargs: unused; part of SGLang's contract.
+
+    Raises:
+        ConfigError: bad or missing keys.
+        IdentityError: the weights are unknown.
+    """
+
+    def __init__(self, storage_config: HiCacheStorageConfig, kwargs: Any = None) -> None:
+        identity.refuse_unsupported(storage_config, compat.passes_prefix_keys())
+        extra = {k: v for k, v in (storage_config.extra_config or {}).items() if k not in _SGLANG_KEYS}
+        self._config = load_config(extra)
+        self._storage_config = storage_config
+        runner = compat.model_runner()
+        self._model_config = getattr(runner, "model_config", None)
+        self._sums = identity.weights_of(self._config, runner)
+        self.counters = Counters()
+        self._pools: dict[str, HostPool] = {}
+        self._stores: dict[str, PageStore] = {}
+        self._client: BlockingClient | None = None
+        self._namespace_folder = ""
+
+    # --- start and end -------------------------------------------------------
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        """The anchor pool, which holds the KV of full attention."""
+        super().register_mem_pool_host(mem_pool_host)
+        self._register(PoolName.KV, mem_pool_host)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        """A pool of the hybrid cache; the anchor comes once more."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        if self._client is not None:
+            log.warning("host pool %s came after the start and is not stored", host_pool_name)
+        elif host_pool_name != PoolName.KV:
+            self._register(host_pool_name, host_pool)
+
+    def _register(self, name: Any, pool: Any) -> None:
+        try:
+            made = HostPool(str(name), pool, self._storage_config, self._config.chunk.chunk_target_bytes)
+        except LayoutError as error:
+            if name == PoolName.KV:
+                raise
+            # SGLang counts a hit only where every pool it needs has one: without this pool it recomputes.
+            log.warning("%s; it is not stored, and prompts that need it are recomputed", error)
+            return
+        self._pools[made.name] = made
+
+    def on_host_pools_registered(self) -> None:
+        """Every pool is known: fix the namespace and start the I/O service.
+
+        Raises:
+            ConfigError: the tier cannot be used.
+            IdentityError: the weights are unknown.
+        """
+        config, pools = self._config, list(self._pools.values())
+        namespace = identity.build_namespace(self._storage_config, config, pools, self._sums, self._model_config)
+        self._namespace_folder = namespace.folder
+        setup = Setup(
+            config.tier.path,
+            config.tier.direct_io,
+            config.tier.capacity_bytes,
+            read_only=not config.policy.store,
+            io_threads=config.io.io_threads,
+            staging_bytes=config.io.staging_bytes,
+            groups=tuple(pool.spec() for pool in pools),
+        )
+        client = BlockingClient(
+            IoClient(setup, io_process=config.io.io_process, load_timeout_ms=config.io.load_timeout_ms)
+        )
+        client.start()
+        client.manifest(Manifest(namespace.canonical_json))
+        self._stores = {pool.name: PageStore(pool, namespace, client, config) for pool in pools}
+        self._client = client
+        for pool in pools:
+            log.info(
+                "pool %s: pages of %d B, %d a chunk (%d at most)",
+                pool.name,
+                pool.block_bytes,
+                pool.blocks_per_chunk,
+                pool.largest_chunk,
+            )
+        log.info("I/O service: %s; namespace %s", client.description, namespace.folder)
+
+    @guarded(refusals=False)
+    def close(self) -> None:
+        """End the I/O service; idempotent."""
+        client, self._client = self._client, None
+        self._stores = {}
+        if client is not None:
+            client.close()
+
+    @guarded(lambda: False, refusals=False)
+    def clear(self) -> bool:
+        """Remove every chunk of this namespace from the tier. Blocks while it lists the folder."""
+        tier = DirectoryTier(self._config.tier.path, direct_io="off")
+        try:
+            for name in list(tier.names(self._namespace_folder)):
+                tier.remove(self._namespace_folder, name)
+        finally:
+            tier.close()
+        return True
+
+    # --- look-ups ------------------------------------------------------------
+
+    def exists(self, key: str) -> bool:
+        """Whether a page is stored."""
+        return self.batch_exists([key]) == 1
+
+    @guarded(lambda: 0, refusals=False)
+    def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
+        """How many leading pages are stored. Blocks for at most ``probe_timeout_ms``."""
+        return self._stores[PoolName.KV.value].leading(keys, _prefix(extra_info))
+
+    @guarded(lambda: PoolTransferResult.empty(), refusals=False)
+    def batch_exists_v2(
+        self,
+        keys: list[str],
+        pool_transfers: list[PoolTransfer] | None = None,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> PoolTransferResult:
+        """How many leading pages are usable, with what each pool needs. The semantics are those of ``HiCacheFile``."""
+        prefix = _prefix(extra_info)
+        kv = self._stores[PoolName.KV.value].leading(keys, prefix)
+        hits: dict[str, int] = {PoolName.KV: kv} if kv else {}
+        usable = set(range(1, kv + 1))
+        for transfer in pool_transfers or []:
+            if not usable:
+                break
+            ends = self._usable_ends(transfer, keys[:kv], prefix)
+            if ends:
+                hits[transfer.name] = max(ends)
+            # A second form of the full pages: it may be missing without making them useless.
+            if transfer.hit_policy != PoolHitPolicy.BLOCK_GROUPS:
+                usable &= ends
+        return PoolTransferResult(max(usable, default=0), hits, sorted(usable))
+
+    def _usable_ends(self, transfer: PoolTransfer, keys: list[str], prefix: list[str]) -> set[int]:
+        """Numbers of leading pages after which this pool could go on."""
+        store = self._stores.get(str(transfer.name))
+        if store is None:
+            return set()
+        present = store.present(keys, prefix)
+        if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+            need = max(1, len(transfer.keys or []))
+            return {end for end in range(1, len(keys) + 1) if all(present[max(0, end - need) : end])}
+        leading = present.index(False) if False in present else len(present)
+        if transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS:
+            leading -= leading % max(1, transfer.block_pages)
+        return set(range(1, leading + 1))
+
+    # --- transfers -----------------------------------------------------------
+
+    @guarded(list, refusals=False)
+    def batch_get_v1(
+        self, keys: list[str], host_indices: Any, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        """Load KV pages into the host pool; per page whether it is there and right. Blocks until all are."""
+        return self._get(PoolName.KV.value, keys, host_indices, _prefix(extra_info))
+
+    @guarded(list, refusals=False)
+    def batch_set_v1(
+        self, keys: list[str], host_indices: Any, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        """Store KV pages from the host pool; per page whether the tier holds it now. Blocks until all are written."""
+        return self._set(PoolName.KV.value, keys, host_indices, _prefix(extra_info))
+
+    @guarded(dict, refusals=False)
+    def batch_get_v2(
+        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> dict[str, list[bool]]:
+        """``batch_get_v1`` for any pool."""
+        prefix = _prefix(extra_info)
+        return {t.name: self._get(str(t.name), t.keys or [], t.host_indices, prefix) for t in transfers}
+
+    @guarded(dict, refusals=False)
+    def batch_set_v2(
+        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> dict[str, list[bool]]:
+        """``batch_set_v1`` for any pool."""
+        prefix = _prefix(extra_info)
+        return {t.name: self._set(str(t.name), t.keys or [], t.host_indices, prefix) for t in transfers}
+
+    @guarded(list, refusals=False)
+    def _get(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool]:
+        found = self._try_get(pool, keys, host_indices, prefix)
+        return found if found is not None else [False] * len(keys)
+
+    @guarded(list, refusals=False)
+    def _set(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool]:
+        stored = self._try_set(pool, keys, host_indices, prefix)
+        return stored if stored is not None else [False] * len(keys)
+
+    @guarded(refusals=False)
+    def _try_get(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
+        if not self._config.policy.load or pool not in self._stores:
+            return None
+        return self._stores[pool].load(keys, prefix, host_indices)
+
+    @guarded(refusals=False)
+    def _try_set(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
+        if not self._config.policy.store or pool not in self._stores:
+            return None
+        return self._stores[pool].store(keys, prefix, host_indices)
+
+    # --- the oldest interface, which interface_v1 replaces ------------------------
+
+    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> None:
+        """Not served: with ``interface_v1`` SGLang never asks. A miss."""
+
+    @guarded(list, refusals=False)
+    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[None]:
+        """Not served; misses."""
+        return [None] * len(keys)
+
+    def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
+        """Not served; nothing is stored."""
+        return False
+
+    def batch_set(
+        self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
+    ) -> bool:
+        """Not served; nothing is stored."""
+        return False
+
+
+def _prefix(extra_info: HiCacheStorageExtraInfo | None) -> list[str]:
+    keys: Sequence[str] | None = extra_info.prefix_keys if extra_info is not None else None
+    return list(keys or ())

@@ -1,0 +1,132 @@
+"""Pages of one pool in the tier: which are stored, load them, store them. Blocking; any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from memkv_engines.config import Config
+from memkv_engines.keys import Namespace
+from memkv_engines.limits import HASH_BYTES
+from memkv_engines.offload import batches
+from memkv_engines.offload.blocking import BlockingClient
+from memkv_engines.offload.messages import Probe, Segment
+from memkv_engines.offload.service import staging_slots
+from memkv_engines.sglang.pools import HostPool
+
+
+class PageStore:
+    """One pool's pages.
+
+    Args:
+        pool: the pool.
+        namespace: what its bytes are valid for.
+        client: the started I/O service.
+        config: ours.
+    """
+
+    def __init__(self, pool: HostPool, namespace: Namespace, client: BlockingClient, config: Config) -> None:
+        self._pool, self._namespace, self._client = pool, namespace.digest, client
+        self._probe_timeout_s = config.lookup.probe_timeout_ms / 1000
+        # A store that finds no staging is shed; so no call submits more than half of what there is.
+        slot_bytes = (pool.largest_chunk + 1) * pool.block_bytes
+        slots = staging_slots(config.io.staging_bytes, slot_bytes, config.io.io_threads)[1]
+        self._chunks_at_once = max(1, slots // 2)
+
+    def leading(self, keys: Sequence[str], prefix: Sequence[str]) -> int:
+        """How many leading pages are stored.
+
+        Args:
+            keys: chain hashes of the pages, hexadecimal.
+            prefix: those of the pages before.
+        """
+        present = self._present(keys, prefix, survey=False)
+        return present.index(False) if False in present else len(present)
+
+    def present(self, keys: Sequence[str], prefix: Sequence[str]) -> list[bool]:
+        """Which pages are stored."""
+        return self._present(keys, prefix, survey=True)
+
+    def load(self, keys: Sequence[str], prefix: Sequence[str], host_indices: Any) -> list[bool] | None:
+        """Load pages into the pool.
+
+        Args:
+            keys: chain hashes of the pages.
+            prefix: those of the pages before.
+            host_indices: the slots of the pages.
+
+        Returns:
+            Per page whether it is in place and verified; None if the slots do not fit the keys.
+        """
+        pages = self._pool.pages_of(len(keys), host_indices)
+        if pages is None:
+            return None
+        hashes, wanted = self._chain(keys, prefix)
+        segments = self._walk(hashes, wanted, survey=False)
+        runs = batches.load_runs(self._namespace, self._pool.group, hashes, wanted, segments, pages)
+        good = [False] * len(keys)
+        if runs:
+            result = self._client.load([run for _, run in runs])
+            for (first, _), count in zip(runs, result.good_blocks, strict=True):
+                good[first : first + count] = [True] * count
+        return good
+
+    def store(self, keys: Sequence[str], prefix: Sequence[str], host_indices: Any) -> list[bool] | None:
+        """Store the pages that are not stored yet; arguments and answer as in ``load``."""
+        pages = self._pool.pages_of(len(keys), host_indices)
+        if pages is None:
+            return None
+        hashes, wanted = self._chain(keys, prefix)
+        done = batches.covered(self._walk(hashes, wanted, survey=True), wanted, len(hashes))
+        sizes = (self._pool.blocks_per_chunk, self._pool.block_bytes)
+        chunks = batches.store_chunks(
+            self._namespace,
+            self._pool.group,
+            hashes[wanted:],
+            pages,
+            batches.missing_runs(done),
+            len(prefix),
+            sizes,
+        )
+        for start in range(0, len(chunks), self._chunks_at_once):
+            part = chunks[start : start + self._chunks_at_once]
+            result = self._client.store([chunk for _, chunk in part])
+            for (first, chunk), outcome in zip(part, result.outcomes, strict=True):
+                stored = outcome in ("stored", "present")
+                done[first : first + len(chunk.block_ids)] = [stored] * len(chunk.block_ids)
+        return done
+
+    def _present(self, keys: Sequence[str], prefix: Sequence[str], *, survey: bool) -> list[bool]:
+        hashes, wanted = self._chain(keys, prefix)
+        return batches.covered(self._walk(hashes, wanted, survey=survey), wanted, len(hashes))
+
+    def _chain(self, keys: Sequence[str], prefix: Sequence[str]) -> tuple[list[bytes], int]:
+        """Hashes from as far back as a chunk could begin that covers the first key, and the index of that key."""
+        reach = self._pool.largest_chunk - 1
+        earlier = list(prefix)[-reach:] if reach else []
+        return [_digest(key) for key in (*earlier, *keys)], len(earlier)
+
+    def _walk(self, hashes: Sequence[bytes], wanted: int, *, survey: bool) -> tuple[Segment, ...]:
+        pool = self._pool
+        probe = Probe(
+            0,
+            self._namespace,
+            pool.group,
+            pool.blocks_per_chunk,
+            0,
+            0,
+            b"".join(hashes),
+            (pool.shard.as_tuple(),),
+            anywhere=True,
+            wanted=wanted,
+            largest_chunk=pool.largest_chunk,
+            survey=survey,
+        )
+        return self._client.probe(probe, self._probe_timeout_s)
+
+
+def _digest(key: str) -> bytes:
+    digest = bytes.fromhex(key)
+    if len(digest) != HASH_BYTES:
+        raise ValueError(f"page hash {key[:80]!r} has {len(digest)} bytes instead of {HASH_BYTES}")
+    return digest

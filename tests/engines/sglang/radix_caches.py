@@ -1,0 +1,247 @@
+"""SGLang's real hierarchical cache without a model: radix cache, controller threads, host pools, storage factory.
+
+SGLang ships the fixtures for this in its wheel (``sglang.test.kits``). A *side* is one cache with device and host pools
+of its own; two sides over one tier are two processes' view of it, without the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import unittest
+from array import array
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import sglang.test.kits.unified_radix_cache.fixtures as fixtures
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.test.kits.unified_radix_cache.config import CacheConfig
+from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
+
+PAGE_TOKENS = 16
+_COMMON = {"page_size": PAGE_TOKENS, "num_layers": 4, "kv_size": 1024, "max_context_len": 1024}
+CONFIGS = {
+    "full": CacheConfig(components=(ComponentType.FULL,), **_COMMON),
+    "mla": CacheConfig(components=(ComponentType.FULL,), **_COMMON),
+    "swa": CacheConfig(
+        components=(ComponentType.FULL, ComponentType.SWA),
+        sliding_window_size=32,
+        full_attention_layer_ids=(1, 3),
+        **_COMMON,
+    ),
+    "mamba": CacheConfig(
+        components=(ComponentType.FULL, ComponentType.MAMBA),
+        enable_mamba_extra_buffer=True,
+        mamba_cache_size=60,
+        full_attention_layer_ids=(1, 3),
+        **_COMMON,
+    ),
+}
+LAYOUTS = (
+    ("direct", "layer_first"),
+    ("direct", "page_first_direct"),
+    ("kernel", "layer_first"),
+    ("kernel", "page_first"),
+)
+
+
+def memkv_config(path: Any, **keys: Any) -> dict[str, Any]:
+    """The extra config of our backend."""
+    return {
+        "backend_name": "memkv_engines",
+        "module_path": "memkv_engines.sglang.hicache",
+        "class_name": "MemKVHiCache",
+        "interface_v1": 1,
+        "hicache_storage_pass_prefix_keys": True,
+        "path": str(path),
+        "weights_id": "fixture",
+        "direct_io": "off",
+        "probe_timeout_ms": 20_000,
+        "prefetch_threshold": 1,
+        **keys,
+    }
+
+
+class Bench(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
+    """SGLang's fixtures, used outside of unittest.
+
+    Args:
+        kind: a key of ``CONFIGS``.
+        io: ``--hicache-io-backend``.
+        layout: ``--hicache-mem-layout``.
+    """
+
+    def __init__(self, kind: str = "full", io: str = "kernel", layout: str = "page_first") -> None:
+        super().__init__()
+        self.kind, self.cfg, self._io, self._layout = kind, CONFIGS[kind], io, layout
+
+    def runTest(self) -> None:
+        """Required by unittest."""
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.doCleanups()
+
+    def side(self, extra: dict[str, Any], seed: int) -> Side:
+        """A cache whose device pool holds noise."""
+        return Side(self, extra, seed)
+
+    def build(self) -> tuple[Any, Any, Any]:
+        """Cache, allocator and request pool."""
+        if self.kind != "mla":
+            return fixtures.build_fixture(self.cfg, tree_core_backend="python")
+
+        def latent_pool(*, head_num: int, head_dim: int, **arguments: Any) -> MLATokenToKVPool:
+            return MLATokenToKVPool(kv_lora_rank=64, qk_rope_head_dim=32, **arguments)
+
+        with mock.patch.object(fixtures, "MHATokenToKVPool", latent_pool):
+            return fixtures.build_fixture(self.cfg, tree_core_backend="python")
+
+    def attach(self, cache: Any, extra: dict[str, Any], *, tp: tuple[int, int] = (0, 1)) -> None:
+        """Start the hierarchical cache with a storage backend."""
+        parallel = get_parallel().override(tp_rank=tp[0], tp_size=tp[1], pp_rank=0, pp_size=1)
+        parallel.__enter__()
+        self.addCleanup(parallel.__exit__, None, None, None)
+        arguments = ServerArgs(
+            model_path="dummy",
+            page_size=PAGE_TOKENS,
+            hicache_io_backend=self._io,
+            hicache_mem_layout=self._layout,
+            hicache_storage_backend="dynamic",
+            hicache_storage_backend_extra_config=json.dumps(extra),
+            hicache_storage_prefetch_policy="wait_complete",
+        )
+        arguments._mamba_cache_chunk_size = 64
+        set_global_server_args_for_scheduler(arguments)
+        cache.init_hicache(arguments, cache.cache_init_params)
+        self.addCleanup(fixtures.drop_hicache_atexit_pin, cache)
+        self.addCleanup(cache.release_host_resources)
+        cache.write_through_threshold = 1 << 30
+        cache.load_back_threshold = 0
+        controller = cache.cache_controller
+        controller.prefetch_capacity_limit = max(controller.prefetch_capacity_limit, controller.mem_pool_host.size)
+        self.addCleanup(controller.storage_backend.close)
+        self.addCleanup(controller._stop_storage_threads)
+
+
+class Side:
+    """One cache.
+
+    Args:
+        bench: the fixtures.
+        extra: the backend's extra config.
+        seed: of the noise in the device pool.
+    """
+
+    def __init__(self, bench: Bench, extra: dict[str, Any], seed: int) -> None:
+        self._bench = bench
+        self.cache, self._allocator, self._requests = bench.build()
+        bench.attach(self.cache, extra)
+        self._requests_made = 0
+        noise = torch.Generator().manual_seed(seed)
+        for buffer in self._buffers():
+            buffer.copy_(torch.randn(buffer.shape, generator=noise).to(buffer.dtype))
+
+    @property
+    def backend(self) -> Any:
+        """The storage backend."""
+        return self.cache.cache_controller.storage_backend
+
+    @property
+    def threads(self) -> list[Any]:
+        """The controller's threads."""
+        controller = self.cache.cache_controller
+        return [controller.prefetch_thread, controller.prefetch_io_aux_thread, controller.backup_thread]
+
+    def free_host_tokens(self) -> int:
+        """Slots of the anchor host pool that are not in use."""
+        return int(self.cache.cache_controller.mem_pool_host.entries[0].host_pool.available_size())
+
+    def store(self, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Insert a sequence, back it up to the host pool and on to storage; what the device holds of it."""
+        bench = self._bench
+        bench._insert(self.cache, self._allocator, self._requests, list(tokens))
+        leaf = fixtures.match_prefix(self.cache, list(tokens)).last_device_node
+        bench._backup_node(self.cache, leaf)
+        bench._write_path_to_l3(self.cache, leaf)
+        bench._flush_l3_backups(self.cache)
+        return self.held(tokens)
+
+    def prefetch(self, tokens: Sequence[int]) -> int:
+        """Prefetch a sequence from storage into the host pool; tokens that the cache knows of afterwards."""
+        self._requests_made += 1
+        request = CacheRequestHandle(f"request-{self._requests_made}", 0)
+        before = fixtures.match_prefix(self.cache, list(tokens))
+        known, last = int(before.host_hit_length) + len(before.device_indices), before.last_host_node
+        # As the scheduler does it.
+        self.cache.prefetch_from_storage(
+            request,
+            last,
+            array("q", list(tokens)[known:]),
+            self.cache.get_last_hash_value(last),
+            self.cache.get_prefix_hash_values(last),
+            matched_prefix_tokens=list(tokens)[:known],
+        )
+        deadline = time.monotonic() + 20
+        while not self.cache.check_prefetch_progress(request):
+            assert time.monotonic() < deadline, "the prefetch does not end"
+            self.cache.check_hicache_events()
+            time.sleep(0.005)
+        for _ in range(10):
+            self.cache.check_hicache_events()
+            time.sleep(0.005)
+        after = fixtures.match_prefix(self.cache, list(tokens))
+        return int(after.host_hit_length) + len(after.device_indices)
+
+    def load_back(self, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Load a prefetched sequence into the device pool, as the scheduler would; what it holds then."""
+        self._bench._load_back_through_admission(self.cache, self._requests, list(tokens))
+        self._bench._finish_pending_loads(self.cache)
+        return self.held(tokens)
+
+    def held(self, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Every byte of every layer that the device pool holds of a sequence."""
+        node = fixtures.match_prefix(self.cache, list(tokens)).last_device_node
+        slots = self.cache.path_device_indices(node)
+        assert len(slots) == len(tokens)
+        pool = self._allocator.get_kvcache()
+        held = [buffer[slots].clone() for buffer in _pool_buffers(getattr(pool, "full_kv_pool", pool))]
+        if self._bench.cfg.has_swa:
+            inside = pool.translate_loc_from_full_to_swa(slots[-self._bench.cfg.sliding_window_size :])
+            held += [buffer[inside].clone() for buffer in _pool_buffers(pool.swa_kv_pool)]
+        if self._bench.cfg.has_mamba:
+            slot = self.cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
+            held += [state[:, slot].clone() for state in self._states()]
+        return held
+
+    def _buffers(self) -> list[torch.Tensor]:
+        pool = self._allocator.get_kvcache()
+        pools = [getattr(pool, "full_kv_pool", pool), *([pool.swa_kv_pool] if hasattr(pool, "swa_kv_pool") else [])]
+        states = self._states() if self._bench.cfg.has_mamba else []
+        return [buffer for p in pools for buffer in _pool_buffers(p)] + states
+
+    def _states(self) -> list[torch.Tensor]:
+        cache = self._requests.mamba_pool.mamba_cache
+        return [*cache.conv, cache.temporal]
+
+
+def _pool_buffers(pool: Any) -> list[torch.Tensor]:
+    return list(pool.kv_buffer) if hasattr(pool, "kv_lora_rank") else [*pool.k_buffer, *pool.v_buffer]
+
+
+def sequence(pages: int, first: int = 1) -> list[int]:
+    """Tokens of so many pages."""
+    return list(range(first, first + pages * PAGE_TOKENS))
+
+
+def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    """Whether two readings of the device pool agree in every byte."""
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

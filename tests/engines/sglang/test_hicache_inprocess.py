@@ -1,0 +1,278 @@
+"""`MemKVHiCache` behind SGLang's real hierarchical cache: what comes back, and what faults may do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.plugins import load_plugins
+
+load_plugins()
+
+from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer  # noqa: E402
+
+from memkv_engines.chunk.codec import decode_header  # noqa: E402
+from memkv_engines.errors import MemKVError  # noqa: E402
+from memkv_engines.keys import ChunkName  # noqa: E402
+from tests.engines.sglang.radix_caches import (  # noqa: E402
+    LAYOUTS,
+    PAGE_TOKENS,
+    Bench,
+    Side,
+    memkv_config,
+    same,
+    sequence,
+)
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Path:
+    return tmp_path / "tier"
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with Bench() as made:
+        yield made
+
+
+def chunks_in(tier: Path) -> list[ChunkName]:
+    return sorted(ChunkName.parse(path.name) for path in tier.rglob("*.kv"))
+
+
+def pages(count: int) -> int:
+    return count * PAGE_TOKENS
+
+
+# ------------------------------------------------------------------------------------------------ there and back again
+
+
+@pytest.mark.parametrize(("io", "layout"), LAYOUTS)
+@pytest.mark.parametrize("kind", ["full", "swa", "mla", "mamba"])
+def test_another_side_gets_every_byte_back(kind: str, io: str, layout: str, tier: Path) -> None:
+    if kind == "mamba" and layout == "layer_first":
+        pytest.skip("SGLang's mamba pool says where its pages lie in page-first layouts only")
+    tokens = sequence(9)
+    with Bench(kind, io, layout) as bench:
+        stored = bench.side(memkv_config(tier), 1).store(tokens)
+        other = bench.side(memkv_config(tier), 99)
+        assert other.prefetch(tokens) == len(tokens)
+        assert same(stored, other.load_back(tokens))
+    full = [name for name in chunks_in(tier) if name.group == 0]
+    assert [name.block_count for name in full] == [9], "one chunk, not one object per page"
+
+
+def test_the_comparison_can_fail(bench: Bench, tier: Path) -> None:
+    tokens = sequence(9)
+    one, other = bench.side(memkv_config(tier), 1), bench.side(memkv_config(tier / "elsewhere"), 99)
+    assert not same(one.store(tokens), other.store(tokens))
+
+
+def test_a_prefetch_that_starts_inside_a_chunk(bench: Bench, tier: Path) -> None:
+    tokens = sequence(9)
+    stored = bench.side(memkv_config(tier), 1).store(tokens)
+    other = bench.side(memkv_config(tier), 99)
+    computed = other.store(tokens[: pages(4)])
+    assert other.prefetch(tokens) == len(tokens)
+    loaded = other.load_back(tokens)
+    assert same([part[: pages(4)] for part in loaded], computed)
+    assert same([part[pages(4) :] for part in loaded], [part[pages(4) :] for part in stored])
+
+
+def test_a_prompt_that_diverges_inside_a_chunk_and_a_node_that_starts_there(bench: Bench, tier: Path) -> None:
+    one = sequence(9)
+    two = [*one[: pages(5)], *sequence(6, first=5000)]
+    first = bench.side(memkv_config(tier), 1)
+    first.store(one)
+    stored = first.store(two)  # splits the node; only what is new is written
+    assert sorted(name.block_count for name in chunks_in(tier)) == [6, 9]
+    other = bench.side(memkv_config(tier), 99)
+    assert other.prefetch(two) == len(two)
+    assert same(stored, other.load_back(two))
+    # The leading pages of a third prompt hit as well.
+    three = [*one[: pages(2)], *sequence(7, first=9000)]
+    third = bench.side(memkv_config(tier), 7)
+    assert third.prefetch(three) == pages(2)
+
+
+def test_a_conversation_that_grows(bench: Bench, tier: Path) -> None:
+    first = bench.side(memkv_config(tier), 1)
+    for length in (3, 4, 9, 14):
+        stored = first.store(sequence(length))
+    assert sorted(name.block_count for name in chunks_in(tier)) == [1, 3, 5, 5]
+    other = bench.side(memkv_config(tier), 99)
+    assert other.prefetch(sequence(14)) == pages(14)
+    assert same(stored, other.load_back(sequence(14)))
+
+
+def test_what_is_stored_is_not_written_again(bench: Bench, tier: Path) -> None:
+    bench.side(memkv_config(tier), 1).store(sequence(9))
+    (path,) = tier.rglob("*.kv")
+    before = path.stat().st_mtime_ns
+    bench.side(memkv_config(tier), 1).store(sequence(9))
+    assert [p.stat().st_mtime_ns for p in tier.rglob("*.kv")] == [before]
+
+
+# ------------------------------------------------------------------------------------------------------------ identity
+
+
+@pytest.mark.parametrize("change", [{"weights_id": "other"}, {"tenant": "other"}])
+def test_other_weights_and_tenants_miss(change: dict[str, str], bench: Bench, tier: Path) -> None:
+    bench.side(memkv_config(tier), 1).store(sequence(9))
+    assert bench.side(memkv_config(tier, **change), 99).prefetch(sequence(9)) == 0
+
+
+def test_layouts_of_equal_size_never_meet(tier: Path) -> None:
+    with Bench("full", "kernel", "layer_first") as bench:
+        bench.side(memkv_config(tier), 1).store(sequence(9))
+    with Bench("full", "kernel", "page_first") as bench:
+        assert bench.side(memkv_config(tier), 99).prefetch(sequence(9)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"interface_v1": 0}, "interface_v1"),
+        ({"hicache_storage_pass_prefix_keys": False}, "hicache_storage_pass_prefix_keys"),
+        ({"pathh": "x"}, "did you mean 'path'"),
+        ({"weights_id": ""}, "weights_id"),
+        ({"path": "/proc/none"}, "/proc/none"),
+        ({"io_threads": "many"}, "io_threads"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_start(change: dict[str, Any], key: str, bench: Bench, tier: Path) -> None:
+    with pytest.raises(MemKVError, match=key):
+        bench.side(memkv_config(tier, **change), 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def reader(bench: Bench, tier: Path) -> Side:
+    """A side that has stored nothing; nine pages wait in the tier."""
+    bench.side(memkv_config(tier), 1).store(sequence(9))
+    return bench.side(memkv_config(tier), 99)
+
+
+def check_unharmed(side: Side, free_tokens: int) -> None:
+    """No thread died, no host slot leaked."""
+    assert all(thread.is_alive() for thread in side.threads)
+    assert side.free_host_tokens() == free_tokens
+
+
+@pytest.mark.parametrize("bad_page", [0, 4, 8])
+def test_a_damaged_page_ends_the_prefix(bad_page: int, reader: Side, tier: Path) -> None:
+    free = reader.free_host_tokens()
+    (path,) = tier.rglob("*.kv")
+    data = bytearray(path.read_bytes())
+    geometry = decode_header(data).geometry
+    data[geometry.block_offset(bad_page) + 77] ^= 0x10
+    path.write_bytes(data)
+    assert reader.prefetch(sequence(9)) == pages(bad_page)
+    check_unharmed(reader, free - pages(bad_page))
+    assert not list(tier.rglob("*.kv")), "a damaged chunk is not offered again"
+    assert reader.prefetch(sequence(9)) == pages(bad_page)
+
+
+def test_a_damaged_header_and_a_short_file_are_misses(reader: Side, tier: Path) -> None:
+    free = reader.free_host_tokens()
+    (path,) = tier.rglob("*.kv")
+    good = path.read_bytes()
+    for bad in (bytes([good[0] ^ 1]) + good[1:], good[:5000], b""):
+        path.write_bytes(bad)
+        assert reader.prefetch(sequence(9)) == 0
+        check_unharmed(reader, free)
+
+
+def test_a_chunk_that_vanishes_after_the_look_up(reader: Side, tier: Path) -> None:
+    free = reader.free_host_tokens()
+    ask = reader.backend.batch_exists
+
+    def ask_and_remove(keys: list[str], extra_info: Any = None) -> int:
+        found = ask(keys, extra_info)
+        for path in tier.rglob("*.kv"):
+            path.unlink()
+        return found
+
+    reader.backend.batch_exists = ask_and_remove
+    assert reader.prefetch(sequence(9)) == 0
+    check_unharmed(reader, free)
+
+
+def test_a_killed_io_process_costs_misses_and_comes_back(reader: Side) -> None:
+    free = reader.free_host_tokens()
+    client = reader.backend._client
+    os.kill(client._client.child_pid, signal.SIGKILL)
+    assert reader.prefetch(sequence(9)) == 0
+    check_unharmed(reader, free)
+    deadline = time.monotonic() + 20
+    while reader.prefetch(sequence(9)) == 0:
+        assert time.monotonic() < deadline, "the I/O process did not come back"
+        time.sleep(0.2)
+
+
+def test_a_tier_that_takes_no_writes_costs_nothing_but_the_store(bench: Bench, tier: Path) -> None:
+    side = bench.side(memkv_config(tier, capacity_bytes=4096), 1)
+    side.store(sequence(9))
+    assert not list(tier.rglob("*.kv"))
+    assert all(thread.is_alive() for thread in side.threads)
+
+
+def _explode(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a bug of ours")
+
+
+@pytest.mark.parametrize("broken", ["store", "load", "leading", "present"])
+def test_a_bug_of_ours_kills_no_thread(broken: str, reader: Side) -> None:
+    free = reader.free_host_tokens()
+    for pool in reader.backend._stores.values():
+        setattr(pool, broken, _explode)
+    assert reader.prefetch(sequence(9)) == (0 if broken in ("load", "leading") else pages(9))
+    if broken == "store":
+        reader.store(sequence(4, first=7000))
+        assert all(thread.is_alive() for thread in reader.threads)
+    elif broken in ("load", "leading"):
+        check_unharmed(reader, free)
+
+
+def test_no_method_raises_whatever_it_is_given(reader: Side) -> None:
+    backend, key = reader.backend, "ab" * 32
+    nonsense: list[Any] = [None, [], ["zz"], ["ab"], [key], [key] * 3, "text", [None], [7]]
+    for keys in nonsense:
+        transfer = PoolTransfer(PoolName.KV, host_indices=None, keys=keys)
+        unknown = PoolTransfer(PoolName.DEEPSEEK_V4_C4, keys=keys, hit_policy=PoolHitPolicy.TRAILING_PAGES)
+        for indices in (None, 3):
+            assert not any(backend.batch_get_v1(keys, indices) or [])
+            assert not any(backend.batch_set_v1(keys, indices) or [])
+        assert backend.batch_exists(keys) == 0
+        assert backend.batch_exists_v2(keys, [transfer, unknown]).kv_hit_pages == 0
+        assert not any(backend.batch_get_v2([transfer])[PoolName.KV] or [])
+        assert not any(backend.batch_set_v2([unknown])[PoolName.DEEPSEEK_V4_C4] or [])
+        assert backend.get(keys) is None
+        assert backend.set(keys) is False
+    assert backend.exists(key) is False
+
+
+def test_sglangs_own_failure_injection(bench: Bench, tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.side(memkv_config(tier), 1).store(sequence(9))
+    monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE", "0.5")
+    monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY", "0.01")
+    side = bench.side(memkv_config(tier), 99)
+    reached = {side.prefetch(sequence(9)) for _ in range(12)}
+    assert reached <= {0, pages(9)}
+    assert all(thread.is_alive() for thread in side.threads)
+
+
+def test_clear_empties_the_namespace_only(bench: Bench, tier: Path) -> None:
+    side = bench.side(memkv_config(tier), 1)
+    side.store(sequence(9))
+    bench.side(memkv_config(tier, tenant="other"), 1).store(sequence(9))
+    assert len(chunks_in(tier)) == 2
+    assert side.cache.clear_storage_backend()
+    assert len(chunks_in(tier)) == 1
