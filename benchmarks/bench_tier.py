@@ -322,7 +322,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.bench_tier", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--directory", type=Path, help="where to write; a folder in it is made and removed")
     parser.add_argument("--sizes", default="2,4,8,16", help="chunk sizes in MiB")
-    parser.add_argument("--total-mib", type=int, default=256, help="payload per round")
+    parser.add_argument("--total-mib", type=int, default=512, help="payload per round")
     parser.add_argument("--rounds", type=int, default=15, help="rounds that count, after one to warm up")
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="numbers of threads to try")
     parser.add_argument("--no-fio", action="store_true", help="leave fio out")
