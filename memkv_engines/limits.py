@@ -64,6 +64,10 @@ PROBE_SILENCE_MAX_S = 30.0
 MAX_PROBE_SEGMENTS = 65_536
 MAX_SLIDING_WINDOW_CANDIDATES = 16
 
+# --- SGLang ------------------------------------------------------------------
+MAX_REMEMBERED_PAGES = 65_536
+"""Page hashes whose predecessor is remembered, per pool (about 200 bytes each)."""
+
 assert LEAF_BYTES % ALIGN_BYTES == 0
 assert MIN_CHUNK_TARGET_BYTES <= DEFAULT_CHUNK_TARGET_BYTES <= MAX_CHUNK_TARGET_BYTES
 assert MAX_CHUNK_TARGET_BYTES < MAX_BLOCK_BYTES < MAX_CHUNK_BYTES

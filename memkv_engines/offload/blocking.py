@@ -32,6 +32,7 @@ class BlockingClient:
         self._news = threading.Condition(self._lock)
         self._ids = itertools.count(1)
         self._wanted: set[int] = set()
+        self._probing: set[int] = set()
         self._answers: dict[int, Answer] = {}
         self._closed = threading.Event()
         self._pump = threading.Thread(target=self._run, name="memkv-pump", daemon=True)
@@ -77,7 +78,9 @@ class BlockingClient:
             job = self._next()
             self._client.counters.add("probe_requests")
             self._client.submit_probe(probe.numbered(job))
+            self._probing.add(job)
             answer = self._await(job, time.monotonic() + timeout_s)
+            self._probing.discard(job)
             if answer is None:
                 self._client.counters.add("probe_timeouts")
         return answer.segments if isinstance(answer, ProbeDone) else ()
@@ -122,6 +125,9 @@ class BlockingClient:
 
     def _take(self) -> None:
         answers: list[Answer] = self._client.poll()
+        if self._client.mode == "down":
+            # Jobs have been answered as failed; look-ups are lost without a word.
+            answers += [ProbeDone(job, (), 0) for job in self._probing]
         for answer in answers:
             job = answer.probe_id if isinstance(answer, ProbeDone) else answer.job_id
             if job in self._wanted:

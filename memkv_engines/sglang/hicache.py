@@ -32,6 +32,7 @@ from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.messages import Manifest, Setup
 from memkv_engines.sglang import compat, identity
+from memkv_engines.sglang.flat import BouncePool, FlatPages
 from memkv_engines.sglang.pages import PageStore
 from memkv_engines.sglang.pools import HostPool
 from memkv_engines.tier.directory import DirectoryTier
@@ -66,13 +67,17 @@ class MemKVHiCache(HiCacheStorage):
         self._stores: dict[str, PageStore] = {}
         self._client: BlockingClient | None = None
         self._namespace_folder = ""
+        self._direct = bool((storage_config.extra_config or {}).get("interface_v1"))
+        self._flat: FlatPages | None = None
+        if not self._direct:
+            log.warning("key 'interface_v1' is not set: pages are copied once more; set it to 1 to avoid that")
 
     # --- start and end -------------------------------------------------------
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """The anchor pool, which holds the KV of full attention."""
         super().register_mem_pool_host(mem_pool_host)
-        self._register(PoolName.KV, mem_pool_host)
+        self._register(PoolName.KV, mem_pool_host if self._direct else BouncePool(mem_pool_host))
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """A pool of the hybrid cache; the anchor comes once more."""
@@ -118,6 +123,8 @@ class MemKVHiCache(HiCacheStorage):
         client.start()
         client.manifest(Manifest(namespace.canonical_json))
         self._stores = {pool.name: PageStore(pool, namespace, client, config) for pool in pools}
+        if not self._direct:
+            self._flat = FlatPages(self._stores[PoolName.KV.value], self._pools[PoolName.KV.value].pool)
         self._client = client
         for pool in pools:
             log.info(
@@ -250,25 +257,33 @@ class MemKVHiCache(HiCacheStorage):
             return None
         return self._stores[pool].store(keys, prefix, host_indices)
 
-    # --- the oldest interface, which interface_v1 replaces ------------------------
+    # --- the oldest interface: flat tensors ------------------------------------
 
-    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> None:
-        """Not served: with ``interface_v1`` SGLang never asks. A miss."""
+    def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
+        """Fill one flat page; None is a miss."""
+        found = self.batch_get([key], [target_location])
+        return found[0] if found else None
 
     @guarded(list, refusals=False)
-    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[None]:
-        """Not served; misses."""
-        return [None] * len(keys)
+    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[Any]:
+        """Fill flat pages, which are returned; None for each that is missing or wrong."""
+        if self._flat is None or not self._config.policy.load:
+            return [None] * len(keys)
+        good = self._flat.load(keys, target_locations)
+        return [target if ok else None for target, ok in zip(target_locations, good, strict=True)]
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
-        """Not served; nothing is stored."""
-        return False
+        """Store one flat page."""
+        return self.batch_set([key], [value])
 
+    @guarded(lambda: False, refusals=False)
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        """Not served; nothing is stored."""
-        return False
+        """Store flat pages; whether the tier holds all of them now."""
+        if self._flat is None or not self._config.policy.store:
+            return False
+        return self._flat.store(keys, values)
 
 
 def _prefix(extra_info: HiCacheStorageExtraInfo | None) -> list[str]:

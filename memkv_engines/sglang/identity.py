@@ -27,12 +27,6 @@ def refuse_unsupported(storage_config: Any, pass_prefix_keys: bool | None) -> No
     Raises:
         ConfigError: names the key and what to do.
     """
-    extra = storage_config.extra_config or {}
-    if not extra.get("interface_v1"):
-        raise ConfigError(
-            "key 'interface_v1' is missing in --hicache-storage-backend-extra-config: set it to 1, so that pages move "
-            "straight from and into SGLang's host pool"
-        )
     if not pass_prefix_keys:
         raise ConfigError(
             f"key {compat.PREFIX_KEYS!r} is {'missing' if pass_prefix_keys is None else 'false'} in "

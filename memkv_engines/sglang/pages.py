@@ -10,8 +10,9 @@ from memkv_engines.keys import Namespace
 from memkv_engines.limits import HASH_BYTES
 from memkv_engines.offload import batches
 from memkv_engines.offload.blocking import BlockingClient
-from memkv_engines.offload.messages import Probe, Segment
+from memkv_engines.offload.messages import Probe, Segment, split_hashes
 from memkv_engines.offload.service import staging_slots
+from memkv_engines.sglang.chain import ChainMemory
 from memkv_engines.sglang.pools import HostPool
 
 
@@ -27,6 +28,7 @@ class PageStore:
 
     def __init__(self, pool: HostPool, namespace: Namespace, client: BlockingClient, config: Config) -> None:
         self._pool, self._namespace, self._client = pool, namespace.digest, client
+        self._chain = ChainMemory()
         self._probe_timeout_s = config.lookup.probe_timeout_ms / 1000
         # A store that finds no staging is shed; so no call submits more than half of what there is.
         slot_bytes = (pool.largest_chunk + 1) * pool.block_bytes
@@ -61,7 +63,7 @@ class PageStore:
         pages = self._pool.pages_of(len(keys), host_indices)
         if pages is None:
             return None
-        hashes, wanted = self._chain(keys, prefix)
+        hashes, wanted = self._hashes(keys, prefix)
         segments = self._walk(hashes, wanted, survey=False)
         runs = batches.load_runs(self._namespace, self._pool.group, hashes, wanted, segments, pages)
         good = [False] * len(keys)
@@ -76,7 +78,8 @@ class PageStore:
         pages = self._pool.pages_of(len(keys), host_indices)
         if pages is None:
             return None
-        hashes, wanted = self._chain(keys, prefix)
+        hashes, wanted = self._hashes(keys, prefix)
+        self._chain.learn(hashes)
         done = batches.covered(self._walk(hashes, wanted, survey=True), wanted, len(hashes))
         sizes = (self._pool.blocks_per_chunk, self._pool.block_bytes)
         chunks = batches.store_chunks(
@@ -97,14 +100,17 @@ class PageStore:
         return done
 
     def _present(self, keys: Sequence[str], prefix: Sequence[str], *, survey: bool) -> list[bool]:
-        hashes, wanted = self._chain(keys, prefix)
+        hashes, wanted = self._hashes(keys, prefix)
         return batches.covered(self._walk(hashes, wanted, survey=survey), wanted, len(hashes))
 
-    def _chain(self, keys: Sequence[str], prefix: Sequence[str]) -> tuple[list[bytes], int]:
+    def _hashes(self, keys: Sequence[str], prefix: Sequence[str]) -> tuple[list[bytes], int]:
         """Hashes from as far back as a chunk could begin that covers the first key, and the index of that key."""
         reach = self._pool.largest_chunk - 1
-        earlier = list(prefix)[-reach:] if reach else []
-        return [_digest(key) for key in (*earlier, *keys)], len(earlier)
+        own = [_digest(key) for key in keys]
+        # What was seen is trusted more than what is passed, which may leave out the pages just before.
+        earlier = self._chain.before(own[0], reach) if own else []
+        earlier = earlier or [_digest(key) for key in list(prefix)[-reach:]] if reach else []
+        return [*earlier, *own], len(earlier)
 
     def _walk(self, hashes: Sequence[bytes], wanted: int, *, survey: bool) -> tuple[Segment, ...]:
         pool = self._pool
@@ -122,7 +128,11 @@ class PageStore:
             largest_chunk=pool.largest_chunk,
             survey=survey,
         )
-        return self._client.probe(probe, self._probe_timeout_s)
+        segments = self._client.probe(probe, self._probe_timeout_s)
+        for segment in segments:
+            own = hashes[segment.position : segment.position + segment.take]
+            self._chain.learn(split_hashes(segment.hashes) or own)
+        return segments
 
 
 def _digest(key: str) -> bytes:

@@ -9,20 +9,31 @@ from __future__ import annotations
 import json
 import time
 import unittest
+import warnings
 from array import array
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import sglang.test.kits.unified_radix_cache.fixtures as fixtures
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
-from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
-from sglang.srt.runtime_context import get_parallel
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-from sglang.test.kits.unified_radix_cache.config import CacheConfig
-from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
+
+with warnings.catch_warnings():
+    # Importing SGLang warns of what a CPU lacks, before any test's own filter applies.
+    warnings.simplefilter("ignore")
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    import sglang.test.kits.unified_radix_cache.fixtures as fixtures
+    from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+    from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+    from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+    from sglang.test.kits.unified_radix_cache.config import CacheConfig
+    from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
+
+__all__ = ["Bench", "PoolHitPolicy", "PoolName", "PoolTransfer", "Side", "memkv_config", "same", "sequence"]
 
 PAGE_TOKENS = 16
 _COMMON = {"page_size": PAGE_TOKENS, "num_layers": 4, "kv_size": 1024, "max_context_len": 1024}
@@ -51,7 +62,7 @@ LAYOUTS = (
 )
 
 
-def memkv_config(path: Any, **keys: Any) -> dict[str, Any]:
+def memkv_config(tier: Any, **keys: Any) -> dict[str, Any]:
     """The extra config of our backend."""
     return {
         "backend_name": "memkv_engines",
@@ -59,7 +70,7 @@ def memkv_config(path: Any, **keys: Any) -> dict[str, Any]:
         "class_name": "MemKVHiCache",
         "interface_v1": 1,
         "hicache_storage_pass_prefix_keys": True,
-        "path": str(path),
+        "path": str(tier),
         "weights_id": "fixture",
         "direct_io": "off",
         "probe_timeout_ms": 20_000,
@@ -76,6 +87,8 @@ class Bench(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         io: ``--hicache-io-backend``.
         layout: ``--hicache-mem-layout``.
     """
+
+    __test__ = False
 
     def __init__(self, kind: str = "full", io: str = "kernel", layout: str = "page_first") -> None:
         super().__init__()
@@ -180,7 +193,7 @@ class Side:
         self._requests_made += 1
         request = CacheRequestHandle(f"request-{self._requests_made}", 0)
         before = fixtures.match_prefix(self.cache, list(tokens))
-        known, last = int(before.host_hit_length) + len(before.device_indices), before.last_host_node
+        known, last = int(before.host_hit_length) + int(before.device_prefix_len), before.last_host_node
         # As the scheduler does it.
         self.cache.prefetch_from_storage(
             request,
@@ -199,7 +212,7 @@ class Side:
             self.cache.check_hicache_events()
             time.sleep(0.005)
         after = fixtures.match_prefix(self.cache, list(tokens))
-        return int(after.host_hit_length) + len(after.device_indices)
+        return int(after.host_hit_length) + int(after.device_prefix_len)
 
     def load_back(self, tokens: Sequence[int]) -> list[torch.Tensor]:
         """Load a prefetched sequence into the device pool, as the scheduler would; what it holds then."""

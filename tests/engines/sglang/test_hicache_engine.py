@@ -1,0 +1,162 @@
+"""`MemKVHiCache` in real SGLang engines: same answers, fewer computed tokens, and damage that nobody notices."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, tokens_of, wait_until
+
+PROMPT_TOKENS = 600
+PROMPT = tokens_of(5, PROMPT_TOKENS)
+# Shares 20 pages with the first, and goes on from inside its chunk.
+DIVERGING = [*PROMPT[: 20 * PAGE_TOKENS], *tokens_of(6, 200)]
+TOLERANCE = 1e-3
+
+
+def memkv(tier: Path, *, options: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    """The engine's arguments for our backend. The weights are fingerprinted, as a user's would be."""
+    return hicache(
+        "dynamic",
+        options=options,
+        backend_name="memkv_engines",
+        module_path="memkv_engines.sglang.hicache",
+        class_name="MemKVHiCache",
+        **{
+            "interface_v1": 1,
+            "hicache_storage_pass_prefix_keys": True,
+            "path": str(tier),
+            "probe_timeout_ms": 20_000,
+            **keys,
+        },
+    )
+
+
+def stored_tokens(tier: Path) -> int:
+    """Tokens of full attention in the tier, by the names of the chunks."""
+    return PAGE_TOKENS * sum(int(p.name.split("-b")[1].split("-")[0]) for p in tier.rglob("*-g0-*.kv"))
+
+
+def is_same(answer: Answer, other: Answer) -> bool:
+    """Whether two answers agree, but for rounding."""
+    return answer.tokens == other.tokens and answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
+
+
+def damage(tier: Path) -> int:
+    """Flip a bit in the payload of every chunk; how many there were."""
+    paths = list(tier.rglob("*.kv"))
+    for path in paths:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    return len(paths)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What two engines answered, one after the other."""
+
+    answers: dict[str, Answer]
+    chunks: int
+    damaged: int
+
+
+@pytest.fixture(scope="module", params=["tiny-sg-llama", "tiny-sg-deepseek", "tiny-sg-mellum"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Asks two engines for everything."""
+    tier, logs = tmp_path_factory.mktemp("tier"), tmp_path_factory.mktemp("logs")
+    answers: dict[str, Answer] = {}
+    with Engine(request.param, log=logs / "first.log", **memkv(tier)) as engine:
+        answers["cold"] = engine.generate(PROMPT)
+        answers["cached"] = engine.generate(PROMPT)
+        wait_until(lambda: stored_tokens(tier) >= PROMPT_TOKENS - PAGE_TOKENS, "the prompt's pages are stored")
+        engine.flush()
+        answers["restored"] = engine.generate(PROMPT)
+        engine.flush()
+    chunks = len(list(tier.rglob("*-g0-*.kv")))
+    with Engine(request.param, log=logs / "second.log", **memkv(tier)) as engine:
+        answers["fresh process"] = engine.generate(PROMPT)
+        engine.flush()
+        answers["diverging"] = engine.generate(DIVERGING)
+        engine.flush()
+        damaged = damage(tier)
+        answers["damaged"] = engine.generate(PROMPT)
+        answers["damaged, diverging"] = engine.generate(DIVERGING)
+    with Engine(request.param, log=logs / "third.log", **hicache()) as engine:
+        answers["diverging, computed"] = engine.generate(DIVERGING)
+    yield Run(answers, chunks, damaged)
+
+
+@pytest.mark.parametrize("when", ["restored", "fresh process"])
+def test_what_comes_from_storage_gives_the_same_answer(when: str, run: Run) -> None:
+    answer = run.answers[when]
+    assert answer.from_storage >= PROMPT_TOKENS - PAGE_TOKENS
+    assert answer.details["storage_backend"] == "MemKVHiCache"
+    assert is_same(answer, run.answers["cold"])
+
+
+def test_pages_are_not_objects_of_their_own(run: Run) -> None:
+    assert run.chunks <= 3
+
+
+def test_a_prompt_that_diverges_inside_a_chunk_hits_what_it_shares(run: Run) -> None:
+    assert run.answers["diverging"].from_storage >= 16 * PAGE_TOKENS
+    assert is_same(run.answers["diverging"], run.answers["diverging, computed"])
+    assert not is_same(run.answers["diverging"], run.answers["cold"])
+
+
+def test_damage_is_recomputed_and_never_shows(run: Run) -> None:
+    assert run.damaged
+    assert run.answers["damaged"].from_storage < PROMPT_TOKENS - PAGE_TOKENS
+    assert is_same(run.answers["damaged"], run.answers["cold"])
+    assert is_same(run.answers["damaged, diverging"], run.answers["diverging, computed"])
+
+
+def test_other_weights_do_not_hit(tmp_path: Path) -> None:
+    """The same model file under other weights: only the fingerprint tells them apart."""
+    tier = tmp_path / "tier"
+    with Engine("tiny-sg-llama", log=tmp_path / "a.log", **memkv(tier)) as engine:
+        engine.generate(PROMPT)
+        wait_until(lambda: stored_tokens(tier) >= PROMPT_TOKENS - PAGE_TOKENS, "the prompt's pages are stored")
+    with Engine("tiny-sg-llama", log=tmp_path / "b.log", **memkv(tier), dtype="bfloat16") as engine:
+        assert engine.generate(PROMPT).from_storage == 0
+    manifests = [json.loads(path.read_text()) for path in tier.glob("*/manifest.json")]
+    assert len({m["weights"] for m in manifests}) == 2
+    assert all(m["weights"].startswith("sums:") for m in manifests)
+
+
+def test_an_unknown_key_stops_the_engine_with_a_hint(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    with pytest.raises(AssertionError), Engine("tiny-sg-llama", log=log, **memkv(tmp_path, pathh="x")):
+        pass
+    assert "did you mean 'path'" in log.read_text()
+
+
+def test_a_dead_io_process_costs_hits_only(tmp_path: Path) -> None:
+    """The engine answers on, and hits again once the I/O process has come back."""
+    import os
+    import signal
+
+    tier = tmp_path / "tier"
+    with Engine("tiny-sg-llama", log=tmp_path / "engine.log", **memkv(tier)) as engine:
+        cold = engine.generate(PROMPT)
+        wait_until(lambda: stored_tokens(tier) >= PROMPT_TOKENS - PAGE_TOKENS, "the prompt's pages are stored")
+        for pid in engine.pids():
+            if b"memkv_engines.offload.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        engine.flush()
+        assert is_same(engine.generate(PROMPT), cold)
+        deadline = time.monotonic() + 60
+        hit = False
+        while not hit and time.monotonic() < deadline:
+            engine.flush()
+            answer = engine.generate(PROMPT)
+            assert is_same(answer, cold)
+            hit = answer.from_storage >= PROMPT_TOKENS - PAGE_TOKENS
+        assert hit
