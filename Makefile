@@ -4,11 +4,12 @@ PYTHON ?= python3
 
 DEV  := .venvs/dev/bin/python
 VLLM := .venvs/vllm/bin/python
+SGLANG := .venvs/sglang/bin/python
 # Arguments for the script behind a target, as in: make bench-tier ARGS="--help"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-tier bench-vllm env-dev env-vllm clean
+.PHONY: help demo demo-sglang test lint format bench-tier bench-vllm env-dev env-vllm env-sglang clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +17,10 @@ help: ## show this list
 demo: env-vllm ## a real model in vLLM: cold prompt, restored prompt, same tokens (first run: about 5 minutes)
 	@$(VLLM) tests/environments/models.py smollm2
 	@$(VLLM) -m benchmarks.demo $(ARGS)
+
+demo-sglang: env-sglang ## the same in SGLang, beside SGLang's own file backend (about 15 minutes)
+	@$(SGLANG) -m tests.environments.models smollm2
+	@$(SGLANG) -m benchmarks.demo_sglang $(ARGS)
 
 test: ## every test gate, within its time budget (builds what it needs)
 	@$(PYTHON) tests/run_gates.py $(ARGS)
@@ -41,6 +46,9 @@ env-dev:
 
 env-vllm:
 	@$(PYTHON) tests/environments/build.py vllm
+
+env-sglang:
+	@$(PYTHON) tests/environments/build.py sglang
 
 clean: ## remove environments, models, logs and caches
 	rm -rf .venvs .models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

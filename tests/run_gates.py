@@ -45,6 +45,7 @@ class Gate:
         tests: The folder that pytest runs.
         tools: Arguments for the interpreter, one tuple per check that precedes pytest.
         models: Model kinds to build first.
+        models_from: The module that builds them.
         settings: Variables added to the process environment.
     """
 
@@ -55,6 +56,7 @@ class Gate:
     tests: str
     tools: tuple[tuple[str, ...], ...] = ()
     models: tuple[str, ...] = ()
+    models_from: str = "tests.environments.models"
     settings: dict[str, str] = field(default_factory=dict)
 
 
@@ -84,6 +86,16 @@ GATES = (
         tests="tests/engines/vllm",
         models=("all",),
         settings=engine_env.engine_settings(),
+    ),
+    Gate(
+        name="sglang",
+        proves="a real SGLang on a CPU, with its hierarchical cache",
+        budget_s=900,
+        environment="sglang",
+        tests="tests/engines/sglang",
+        models=("all",),
+        models_from="tests.environments.sglang_models",
+        settings={**engine_env.engine_settings(), **engine_env.sglang_settings()},
     ),
     Gate(
         name="benchmarks",
@@ -180,7 +192,7 @@ def set_up(gates: Sequence[Gate]) -> None:
         build.build(name)
     for gate in gates:
         python = build.python_of(build.VENVS / gate.environment)
-        if gate.models and run([python, ROOT / "tests" / "environments" / "models.py", *gate.models]) != 0:
+        if gate.models and run([python, "-m", gate.models_from, *gate.models]) != 0:
             raise build.BuildError(f"the models {', '.join(gate.models)} could not be built")
     REPORTS.mkdir(parents=True, exist_ok=True)
     print(f"setup took {time.monotonic() - started:.1f} s", flush=True)

@@ -1,7 +1,8 @@
 """Builds the Python environments that the tests, the demo and the benchmarks run in.
 
-    python tests/environments/build.py dev     # .venvs/dev:  linters, type checker, pytest; no engine
-    python tests/environments/build.py vllm    # .venvs/vllm: the same, and a real vLLM that runs on a CPU
+    python tests/environments/build.py dev     # .venvs/dev:    linters, type checker, pytest; no engine
+    python tests/environments/build.py vllm    # .venvs/vllm:   the same, and a real vLLM that runs on a CPU
+    python tests/environments/build.py sglang  # .venvs/sglang: the same with a real SGLang
 
 Standard library only, because it runs before anything is installed. An environment is built once and then reused
 until one of its inputs changes; a build that was interrupted is thrown away and made again. What pip prints goes to
@@ -32,9 +33,14 @@ VENVS = ROOT / ".venvs"
 LOGS = ROOT / "build" / "logs"
 CONSTRAINTS = HERE / "vllm-constraints.txt"
 VLLM_SCRIPT = HERE / "vllm_packages.py"
+SGLANG_CONSTRAINTS = HERE / "sglang-constraints.txt"
+SGLANG_SCRIPT = HERE / "sglang_packages.py"
+SGLANG_SHIM = ROOT / "tests" / "engines" / "sglang" / "cpu_shim"
 
 TORCH_VERSION = "2.13.0"
 VLLM_VERSION = "0.32.0"
+SGLANG_VERSION = "0.5.23"
+TORCHVISION_VERSION = "0.28.0"
 # The constraints were frozen on this Python; another minor version may need other releases, so it resolves freely.
 CONSTRAINTS_PYTHON = (3, 11)
 
@@ -68,6 +74,7 @@ class Environment:
         base: Steps that make the venv and install what rarely changes.
         project: Steps that install this project; repeatable on top of the base.
         inputs: Files whose content the base depends on.
+        versions: What the base installs, where its steps do not spell it out.
         python_min: The oldest Python it can be built with.
     """
 
@@ -75,6 +82,7 @@ class Environment:
     base: tuple[Step, ...]
     project: tuple[Step, ...]
     inputs: tuple[Path, ...] = ()
+    versions: tuple[str, ...] = ()
     python_min: tuple[int, int] = (3, 10)
 
     @property
@@ -171,6 +179,35 @@ def check_vllm(venv: Path, log: Path) -> None:
     run_logged([python_of(venv), VLLM_SCRIPT, "check"], log)
 
 
+def install_sglang(venv: Path, log: Path) -> None:
+    """Installs SGLang's wheel and torchvision alone: what they declare includes CUDA and another torch."""
+    pip(venv, log, "install", "--no-deps", f"sglang=={SGLANG_VERSION}", f"torchvision=={TORCHVISION_VERSION}")
+
+
+def install_sglang_requirements(venv: Path, log: Path) -> None:
+    """Installs what SGLang's own metadata asks for, less what a text model on a CPU does not need."""
+    listing = subprocess.run(
+        [python_of(venv), SGLANG_SCRIPT, "requirements"], capture_output=True, text=True, check=False
+    )
+    if listing.returncode != 0:
+        raise BuildError(f"SGLang's metadata could not be read: {listing.stderr.strip()}")
+    requirements = log.with_suffix(".requirements.txt")
+    requirements.write_text(listing.stdout)
+    pinned = ["--constraint", SGLANG_CONSTRAINTS] if sys.version_info[:2] == CONSTRAINTS_PYTHON else []
+    # accelerate reads the packaged SmolLM2. torch is named again so that nothing replaces its CPU build.
+    pip(venv, log, "install", *pinned, "-r", requirements, "accelerate", f"torch=={TORCH_VERSION}")
+
+
+def install_sglang_shim(venv: Path, log: Path) -> None:
+    """Adds what SGLang lacks on a CPU; the modules stay where they are, so that changing them needs no new build."""
+    run_logged([python_of(venv), SGLANG_SCRIPT, "install-shim", SGLANG_SHIM], log)
+
+
+def check_sglang(venv: Path, log: Path) -> None:
+    """Imports the engine once, and compiles its only extension where every later process finds it."""
+    run_logged([python_of(venv), SGLANG_SCRIPT, "check"], log)
+
+
 ENVIRONMENTS = {
     "dev": Environment(
         name="dev",
@@ -188,6 +225,20 @@ ENVIRONMENTS = {
         ),
         project=(Step("this project and its tools", install_project), Step("import the engine", check_vllm)),
         inputs=(CONSTRAINTS, VLLM_SCRIPT),
+        python_min=(3, 11),
+    ),
+    "sglang": Environment(
+        name="sglang",
+        base=(
+            Step("empty environment", make_venv),
+            Step(f"torch {TORCH_VERSION}, CPU build", install_torch),
+            Step(f"SGLang {SGLANG_VERSION}", install_sglang),
+            Step("SGLang's requirements", install_sglang_requirements),
+            Step("what SGLang lacks on a CPU", install_sglang_shim),
+        ),
+        project=(Step("this project and its tools", install_project), Step("import the engine", check_sglang)),
+        inputs=(SGLANG_CONSTRAINTS, SGLANG_SCRIPT),
+        versions=(SGLANG_VERSION, TORCHVISION_VERSION),
         python_min=(3, 11),
     ),
 }
@@ -224,6 +275,7 @@ def wanted_stamp(environment: Environment) -> dict[str, str]:
         os.path.realpath(sys.executable),
         str(ROOT),
         *(path.read_bytes() for path in environment.inputs),
+        *environment.versions,
     )
     return {"base": base, "project": digest(base, project_section())}
 
@@ -267,10 +319,12 @@ def remedy_for(log_tail: str) -> str:
     """Returns what to do about a failure, judged by the end of its log."""
     text = log_tail.lower()
     if "no space left on device" in text:
-        return "The disk is full: the vllm environment needs about 3 GB, and pip another 1 GB while it works."
+        return "The disk is full: an engine's environment needs about 3 GB, and pip another 1 GB while it works."
     if "no matching distribution" in text and "torch" in text:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         return f"No torch {TORCH_VERSION} for Python {version} in your package index. Try PYTHON=python3.11."
+    if "openssl/sha.h" in text or "g++" in text:
+        return "SGLang compiles a small extension: install g++ and OpenSSL's headers (Debian: g++ libssl-dev)."
     if re.search("requires? a different python", text):
         return "This Python is not supported: use 3.10 to 3.13, as in PYTHON=python3.11."
     if any(hint in text for hint in ("connection", "timed out", "max retries", "from versions: none")):
@@ -347,7 +401,9 @@ def build(name: str) -> Path:
 def main() -> int:
     """Builds the environments named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=sorted(ENVIRONMENTS), metavar="NAME", help="dev or vllm")
+    parser.add_argument(
+        "names", nargs="+", choices=sorted(ENVIRONMENTS), metavar="NAME", help=f"{', '.join(ENVIRONMENTS)}"
+    )
     for name in parser.parse_args().names:
         try:
             build(name)

@@ -22,6 +22,19 @@ def engine_settings() -> dict[str, str]:
     }
 
 
+def sglang_settings() -> dict[str, str]:
+    """Returns the variables that every process which imports SGLang gets, in addition to `engine_settings`."""
+    return {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        # An engine is three processes, and each would take a minute to compile what it imports, every time.
+        "PYTHONDONTWRITEBYTECODE": "",
+        "SGLANG_CACHE_DIR": str(CACHE / "sglang"),
+        "TORCH_EXTENSIONS_DIR": str(CACHE / "torch-extensions"),
+        # SGLang loads an extension through torch, which wants ninja on the path even where it is built already.
+        "PATH": os.pathsep.join([str(ROOT / ".venvs" / "sglang" / "bin"), os.environ.get("PATH", os.defpath)]),
+    }
+
+
 def engine_env(base: Mapping[str, str] | None = None, **overrides: str) -> dict[str, str]:
     """Returns a complete environment for an engine's process.
 

@@ -1,0 +1,326 @@
+"""Shows a real SGLang bring the KV cache of long documents back from disk, beside SGLang's own `file` backend.
+
+    make demo-sglang                          # or: python -m benchmarks.demo_sglang
+    make demo-sglang ARGS=--tiny              # in a minute, for the tests; the numbers mean nothing
+
+Two engines take turns, one with each backend. Both compute and store the prompts, both are ended, both start again as
+fresh processes; then each prompt is restored in turn by one and the other, page cache cold, device and host cache
+flushed. What a backend costs is the restore less a full hit in the device's own cache, since SGLang's CPU attention
+goes over the whole prefix either way. Writes `build/demo_sglang.json` and `build/demo_sglang.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.demo_workload import build_workload
+from benchmarks.raw_limit import THREADS, huge_buffer, timed
+from tests.engines.sglang.engines import Answer, Engine, hicache, tokens_of, wait_until
+from tests.environments.engine_env import ROOT
+from tests.environments.sglang_models import ensure_model
+
+PAGE_TOKENS = 64
+MEMKV, FILE = "memkv", "file"
+TOLERANCE = 0.05
+"""How far bf16 log-probabilities of a prompt may lie apart: a restored prefix is attended to in other batches."""
+MEANING = {
+    "recompute_ttft_s": "nothing stored, nothing cached; stores run beside it; median over the prompts",
+    "device_hit_ttft_s": "the prompt is in the device's own cache; median",
+    "restore_ttft_s": "fresh process, page cache cold, all full pages from the tier; median",
+    "restore_cost_s": "median of restore less the device hit of the same prompt right after it",
+    "file_backend_restore_cost_s": "the same with SGLang's own `file` backend, in turns",
+    "restore_cost_ratio": "median of the ratios of pairs, with its 95% bootstrap interval",
+    "raw_read_s": "the files of one prompt by direct I/O into huge pages at the best number of threads; median",
+    "objects": "files in the tier, and their mean size",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    model: str
+    prompts: int
+    prompt_tokens: int
+    rounds: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+FULL = Plan(
+    "smollm2",
+    3,
+    6200,
+    5,
+    {"max_total_tokens": 24_576, "context_length": 8192, "dtype": "bfloat16", "disable_overlap_schedule": False},
+)
+TINY = Plan("tiny-sg-llama", 2, 600, 1)
+
+
+@dataclass
+class Side:
+    """One backend: where it stores, and what was measured of it."""
+
+    name: str
+    folder: Path
+    cold: list[tuple[float, Answer]] = field(default_factory=list)
+    restored: list[tuple[float, Answer]] = field(default_factory=list)
+    device_hits: list[float] = field(default_factory=list)
+
+    def hicache(self) -> dict[str, Any]:
+        """The engine's arguments."""
+        if self.name == FILE:
+            return hicache("file", file_storage_path=str(self.folder))
+        return hicache(
+            "dynamic",
+            backend_name="memkv_engines",
+            module_path="memkv_engines.sglang.hicache",
+            class_name="MemKVHiCache",
+            interface_v1=1,
+            hicache_storage_pass_prefix_keys=True,
+            path=str(self.folder),
+        )
+
+    def files(self) -> list[Path]:
+        """What it stored."""
+        return sorted(p for p in self.folder.rglob("*") if p.suffix in (".bin", ".kv"))
+
+    def costs(self) -> list[float]:
+        """Restores less device hits."""
+        return [ttft - hit for (ttft, _), hit in zip(self.restored, self.device_hits, strict=True)]
+
+
+class Say:
+    """Says what goes on, with the time since the start."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._started:5.0f} s] {line}", flush=True)
+
+
+def ask(engine: Engine, prompt: Sequence[int], tokens: int = 1) -> tuple[float, Answer]:
+    """Time to the answer of one token, and the answer."""
+    start = time.perf_counter()
+    answer = engine.generate(list(prompt), tokens)
+    return time.perf_counter() - start, answer
+
+
+def settled(side: Side) -> None:
+    """Wait until nothing has been stored for a while."""
+    seen, since = -1, time.monotonic()
+
+    def quiet() -> bool:
+        nonlocal seen, since
+        size = sum(p.stat().st_size for p in side.files())
+        if size != seen:
+            seen, since = size, time.monotonic()
+        return size > 0 and time.monotonic() - since > 2.0
+
+    wait_until(quiet, f"{side.name} has stored the prompts", 120)
+
+
+def start(side: Side, plan: Plan, logs: Path) -> Engine:
+    """A fresh engine with this side's backend."""
+    arguments = {"page_size": PAGE_TOKENS, **plan.arguments} if plan is not TINY else dict(plan.arguments)
+    return Engine(plan.model, log=logs / f"demo-sglang-{side.name}.log", **side.hicache(), **arguments)
+
+
+def first_visits(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> None:
+    """Each side computes and stores every prompt."""
+    for side in sides:
+        say(f"{side.name}: computes and stores {len(prompts)} prompts")
+        with start(side, plan, logs) as engine:
+            ask(engine, tokens_of(1, 200))
+            for number, prompt in enumerate(prompts):
+                side.cold.append(ask(engine, prompt))
+                say(f"    prompt {number + 1}: {side.cold[-1][0]:.2f} s")
+            settled(side)
+
+
+def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> list[float]:
+    """Fresh processes restore every prompt in turns; seconds of raw reads of our own files, per prompt."""
+    say("fresh processes")
+    engines = [(side, start(side, plan, logs)) for side in sides]
+    raw = []
+    try:
+        for _, engine in engines:
+            ask(engine, tokens_of(2, 200))
+        for round_ in range(plan.rounds):
+            for number, prompt in enumerate(prompts):
+                for side, engine in engines if round_ % 2 else engines[::-1]:
+                    engine.flush()
+                    harness.drop_from_page_cache(side.files())
+                    side.restored.append(ask(engine, prompt))
+                    side.device_hits.append(ask(engine, prompt)[0])
+                ours = next(side for side in sides if side.name == MEMKV)
+                raw.append(raw_read(ours.files()) / len(prompts))
+                text = ", ".join(f"{s.name} {s.restored[-1][0]:.2f} s (hit {s.device_hits[-1]:.2f} s)" for s in sides)
+                say(f"    round {round_ + 1}, prompt {number + 1}: {text}, raw read {raw[-1]:.3f} s")
+    finally:
+        for _, engine in engines:
+            engine.shutdown()
+    return raw
+
+
+def raw_read(files: Sequence[Path]) -> float:
+    """Read the files by direct I/O into huge pages, cold, at the best number of threads; seconds."""
+    largest = max(path.stat().st_size for path in files)
+    buffers = [huge_buffer(-(-largest // 4096) * 4096, seed) for seed in range(max(THREADS))]
+
+    def work(index: int, buffer: memoryview) -> None:
+        fd = os.open(files[index], os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.preadv(fd, [buffer[: -(-files[index].stat().st_size // 4096) * 4096]], 0)
+        finally:
+            os.close(fd)
+
+    best = float("inf")
+    for threads in THREADS:
+        harness.drop_from_page_cache(files)
+        best = min(best, timed(len(files), buffers[:threads], work))
+    return best
+
+
+def same_answers(sides: Sequence[Side], prompts: int) -> bool:
+    """Whether every restored answer is the computed one, but for rounding."""
+    for side in sides:
+        for index, (_, answer) in enumerate(side.restored):
+            cold = side.cold[index % prompts][1]
+            if answer.tokens != cold.tokens or abs(answer.logprobs[0] - cold.logprobs[0]) > TOLERANCE:
+                return False
+    return True
+
+
+def record_of(sides: dict[str, Side], plan: Plan, raw: Sequence[float]) -> dict[str, Any]:
+    """The content of the JSON file."""
+    ours, theirs = sides[MEMKV], sides[FILE]
+    sizes = [path.stat().st_size for path in ours.files()]
+    ratio = harness.median_of_pair_ratios(ours.costs(), theirs.costs())
+    seconds = {
+        "recompute_ttft_s": harness.median([t for t, _ in ours.cold]),
+        "device_hit_ttft_s": harness.median(ours.device_hits),
+        "restore_ttft_s": harness.median([t for t, _ in ours.restored]),
+        "restore_cost_s": harness.median(ours.costs()),
+        "file_backend_restore_ttft_s": harness.median([t for t, _ in theirs.restored]),
+        "file_backend_restore_cost_s": harness.median(theirs.costs()),
+        "raw_read_s": harness.median(raw),
+    }
+    return {
+        "model": plan.model,
+        "sglang": version("sglang"),
+        "dtype": plan.arguments.get("dtype", "float32"),
+        "prompts": plan.prompts,
+        "prompt_tokens": plan.prompt_tokens,
+        "page_tokens": PAGE_TOKENS,
+        **seconds,
+        "speedup": seconds["recompute_ttft_s"] / seconds["restore_ttft_s"],
+        "restore_cost_ratio": {"median": ratio[0], "interval_95": ratio[1:], "pairs": len(ours.restored)},
+        "external_hit_tokens": harness.median([a.from_storage for _, a in ours.restored]),
+        "objects": {
+            "count": len(sizes),
+            "mean_bytes": sum(sizes) / len(sizes),
+            "below_2_mib": sum(s < 2 << 20 for s in sizes),
+            "bytes_below_2_mib_share": sum(s for s in sizes if s < 2 << 20) / sum(sizes),
+        },
+        "stored_bytes": sum(sizes),
+        "file_backend_objects": len(theirs.files()),
+        "tokens_equal": same_answers([ours, theirs], plan.prompts),
+        "pairs": {
+            name: {"restore_ttft_s": [t for t, _ in s.restored], "device_hit_ttft_s": s.device_hits}
+            for name, s in sides.items()
+        },
+        "meaning": MEANING,
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the table."""
+    low, high = record["restore_cost_ratio"]["interval_95"]
+    ratio = f"{record['restore_cost_ratio']['median']:.2f} [{low:.2f}, {high:.2f}]"
+    rows = [
+        ["recompute", f"{record['recompute_ttft_s']:.2f} s", ""],
+        ["device hit", f"{record['device_hit_ttft_s']:.2f} s", ""],
+        ["restore", f"{record['restore_ttft_s']:.2f} s", f"{record['file_backend_restore_ttft_s']:.2f} s"],
+        ["restore cost", f"{record['restore_cost_s']:.3f} s", f"{record['file_backend_restore_cost_s']:.3f} s"],
+        ["  ratio [95%]", ratio, ""],
+        ["raw read", f"{record['raw_read_s']:.3f} s", ""],
+        ["tokens from storage", f"{record['external_hit_tokens']:.0f} of {record['prompt_tokens']}", ""],
+        [
+            "objects",
+            f"{record['objects']['count']} of {record['objects']['mean_bytes'] / 1e6:.2f} MB",
+            str(record["file_backend_objects"]),
+        ],
+        ["same answers", "yes" if record["tokens_equal"] else "NO", ""],
+    ]
+    harness.print_table("SGLang, hierarchical cache", ["", "memkv_engines", "SGLang's file"], rows)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw the times to the first token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keys = ["recompute_ttft_s", "file_backend_restore_ttft_s", "restore_ttft_s", "device_hit_ttft_s"]
+    names = ["recompute", "restore, file backend", "restore, memkv_engines", "device hit"]
+    figure, axis = plt.subplots(figsize=(7, 2.8))
+    axis.barh(names[::-1], [record[key] for key in keys[::-1]])
+    axis.set(xlabel="time to first token in s", title=f"{record['model']}, {record['prompt_tokens']} tokens")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo.
+
+    Returns:
+        0; 1 if an answer changed or the restore did not hit.
+    """
+    parser = argparse.ArgumentParser(prog="benchmarks.demo_sglang", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="in a minute, for the tests; the numbers mean nothing")
+    parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for the JSON and the picture")
+    arguments = parser.parse_args(argv)
+    plan, say = TINY if arguments.tiny else FULL, Say()
+    logs = ROOT / "build" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.tiny:
+        prompts: list[Sequence[int]] = [tokens_of(seed, plan.prompt_tokens) for seed in range(5, 5 + plan.prompts)]
+    else:
+        prompts = list(build_workload(str(ensure_model(plan.model)), plan.prompts, plan.prompt_tokens, 64).prompts)
+    scratch = Path(tempfile.mkdtemp(prefix="demo-sglang-", dir=arguments.output))
+    try:
+        sides = {name: Side(name, scratch / name) for name in (FILE, MEMKV)}
+        for side in sides.values():
+            side.folder.mkdir()
+        first_visits(list(sides.values()), plan, prompts, logs, say)
+        raw = restores(list(sides.values()), plan, prompts, logs, say)
+        record = {**record_of(sides, plan, raw), "environment": harness.environment(scratch)}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    harness.write_json(record, arguments.output / "demo_sglang.json")
+    draw(record, arguments.output / "demo_sglang.png")
+    show(record)
+    say("wrote demo_sglang.json and demo_sglang.png")
+    hit = record["external_hit_tokens"] >= 0.9 * plan.prompt_tokens
+    if not hit:
+        print("the restore did not hit: see build/logs", file=sys.stderr)
+    return 0 if record["tokens_equal"] and hit else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""What the other SGLang tests stand on: stock SGLang on a CPU, whose own file storage gives back what it was given.
+
+No code of ours takes part. Each kind of KV that SGLang keeps has a model: see `sglang_models.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, tokens_of, wait_until
+
+PROMPT_TOKENS = 600
+PAGES = PROMPT_TOKENS // PAGE_TOKENS
+PROMPT = tokens_of(5, PROMPT_TOKENS)
+# Differs in a single early token.
+CHANGED_PROMPT = [*PROMPT[:40], 4 + (PROMPT[40] + 1) % 256, *PROMPT[41:]]
+# Far above what rounding does to a log-probability here, and far below what wrong KV does.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one engine answered, what it held in shared memory while it ran, and what was left of it after its end."""
+
+    answers: dict[str, Answer]
+    held: list[Path]
+    pids: list[int]
+    shared_memory: list[Path]
+
+
+def damage(folder: Path) -> None:
+    """Overwrites every stored page with the one that follows it in a listing: valid numbers, wrong place."""
+    by_size: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("*.bin")):
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    for paths in by_size.values():
+        pages = [path.read_bytes() for path in paths]
+        for path, page in zip(paths, [*pages[1:], pages[0]], strict=True):
+            path.write_bytes(page)
+
+
+@pytest.fixture(scope="module", params=["tiny-sg-llama", "tiny-sg-deepseek", "tiny-sg-mellum"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Asks one engine for everything."""
+    folder = tmp_path_factory.mktemp("stored")
+    log = tmp_path_factory.mktemp("log") / "engine.log"
+    answers = {}
+    with Engine(request.param, log=log, **hicache("file", file_storage_path=str(folder))) as engine:
+        answers["cold"] = engine.generate(PROMPT)
+        answers["cached"] = engine.generate(PROMPT)
+        answers["changed"] = engine.generate(CHANGED_PROMPT)
+        wait_until(lambda: len(list(folder.glob("*.bin"))) >= PAGES, "the prompt's pages are stored")
+        engine.flush()
+        answers["restored"] = engine.generate(PROMPT)
+        engine.flush()
+        damage(folder)
+        answers["damaged"] = engine.generate(PROMPT)
+        held = engine.shared_memory()
+    return Run(answers, held, engine.pids(), engine.shared_memory())
+
+
+def is_same(answer: Answer, other: Answer) -> bool:
+    """Tells whether two answers agree, but for rounding."""
+    return answer.tokens == other.tokens and answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
+
+
+def test_every_part_of_a_prompt_decides(run: Run) -> None:
+    assert not is_same(run.answers["changed"], run.answers["cold"])
+
+
+def test_the_engine_s_own_cache_changes_nothing(run: Run) -> None:
+    assert run.answers["cached"].cached >= PROMPT_TOKENS - PAGE_TOKENS
+    assert run.answers["cached"].from_storage == 0
+    assert is_same(run.answers["cached"], run.answers["cold"])
+
+
+def test_a_prompt_restored_from_storage_gets_the_same_answer(run: Run) -> None:
+    assert run.answers["restored"].from_storage >= PROMPT_TOKENS - PAGE_TOKENS
+    assert run.answers["restored"].details["storage_backend"] == "HiCacheFile"
+    assert is_same(run.answers["restored"], run.answers["cold"])
+    # The engine computes the same few tokens after a hit in its own cache: to the last bit, if the KV is the same.
+    assert run.answers["restored"].tokens == run.answers["cached"].tokens
+    assert run.answers["restored"].logprobs == run.answers["cached"].logprobs
+
+
+def test_damaged_pages_show_in_the_answer(run: Run) -> None:
+    assert run.answers["damaged"].from_storage >= PROMPT_TOKENS - PAGE_TOKENS
+    assert not is_same(run.answers["damaged"], run.answers["cold"])
+
+
+def test_nothing_of_an_engine_is_left(run: Run) -> None:
+    assert run.held, "an engine without shared memory would make the rest of this test void"
+    assert run.pids == []
+    assert run.shared_memory == []
