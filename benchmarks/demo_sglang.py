@@ -1,7 +1,8 @@
 """Shows a real SGLang bring the KV cache of long documents back from disk, beside SGLang's own `file` backend.
 
     make demo-sglang                          # or: python -m benchmarks.demo_sglang
-    make demo-sglang ARGS=--tiny              # in a minute, for the tests; the numbers mean nothing
+    make demo-sglang ARGS=--quick             # one prompt, once
+    make demo-sglang ARGS=--tiny              # for the tests; the numbers mean nothing
 
 Two engines take turns, one with each backend. Both compute and store the prompts, both are ended, both start again as
 fresh processes; then each prompt is restored in turn by one and the other, page cache cold, device and host cache
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from tests.environments.sglang_models import ensure_model
 
 PAGE_TOKENS = 64
 MEMKV, FILE = "memkv", "file"
-TOLERANCE = 0.05
-"""How far bf16 log-probabilities of a prompt may lie apart: a restored prefix is attended to in other batches."""
+TOLERANCE = 1e-3
+"""How far log-probabilities of a restored prompt may lie from those of a hit in the device's own cache, before storage
+was ever asked. Those of a computed prompt are no oracle in bf16: there each batch shape rounds in its own way."""
 MEANING = {
     "recompute_ttft_s": "nothing stored, nothing cached; stores run beside it; median over the prompts",
     "device_hit_ttft_s": "the prompt is in the device's own cache; median",
@@ -62,8 +64,16 @@ FULL = Plan(
     3,
     6200,
     5,
-    {"max_total_tokens": 24_576, "context_length": 8192, "dtype": "bfloat16", "disable_overlap_schedule": False},
+    {
+        "max_total_tokens": 24_576,
+        "context_length": 8192,
+        "dtype": "bfloat16",
+        "disable_overlap_schedule": False,
+        # Two engines take turns: an idle one must leave the cores to the other.
+        "sleep_on_idle": True,
+    },
 )
+QUICK = replace(FULL, prompts=1, rounds=1)
 TINY = Plan("tiny-sg-llama", 2, 600, 1)
 
 
@@ -74,6 +84,7 @@ class Side:
     name: str
     folder: Path
     cold: list[tuple[float, Answer]] = field(default_factory=list)
+    oracle: list[Answer] = field(default_factory=list)
     restored: list[tuple[float, Answer]] = field(default_factory=list)
     device_hits: list[float] = field(default_factory=list)
 
@@ -134,7 +145,9 @@ def settled(side: Side) -> None:
 def start(side: Side, plan: Plan, logs: Path) -> Engine:
     """A fresh engine with this side's backend."""
     arguments = {"page_size": PAGE_TOKENS, **plan.arguments} if plan is not TINY else dict(plan.arguments)
-    return Engine(plan.model, log=logs / f"demo-sglang-{side.name}.log", **side.hicache(), **arguments)
+    # Tests give an engine one thread; here recomputing gets every core.
+    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    return Engine(plan.model, log=logs / f"demo-sglang-{side.name}.log", env=env, **side.hicache(), **arguments)
 
 
 def first_visits(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> None:
@@ -145,6 +158,7 @@ def first_visits(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[i
             ask(engine, tokens_of(1, 200))
             for number, prompt in enumerate(prompts):
                 side.cold.append(ask(engine, prompt))
+                side.oracle.append(ask(engine, prompt)[1])
                 say(f"    prompt {number + 1}: {side.cold[-1][0]:.2f} s")
             settled(side)
 
@@ -194,11 +208,11 @@ def raw_read(files: Sequence[Path]) -> float:
 
 
 def same_answers(sides: Sequence[Side], prompts: int) -> bool:
-    """Whether every restored answer is the computed one, but for rounding."""
+    """Whether every restored answer is that of a hit in the device's own cache."""
     for side in sides:
         for index, (_, answer) in enumerate(side.restored):
-            cold = side.cold[index % prompts][1]
-            if answer.tokens != cold.tokens or abs(answer.logprobs[0] - cold.logprobs[0]) > TOLERANCE:
+            oracle = side.oracle[index % prompts]
+            if answer.tokens != oracle.tokens or abs(answer.logprobs[0] - oracle.logprobs[0]) > TOLERANCE:
                 return False
     return True
 
@@ -237,6 +251,14 @@ def record_of(sides: dict[str, Side], plan: Plan, raw: Sequence[float]) -> dict[
         "stored_bytes": sum(sizes),
         "file_backend_objects": len(theirs.files()),
         "tokens_equal": same_answers([ours, theirs], plan.prompts),
+        "answers": {
+            name: {
+                "computed": [(a.tokens, a.logprobs) for _, a in s.cold],
+                "device_hit": [(a.tokens, a.logprobs) for a in s.oracle],
+                "restored": [(a.tokens, a.logprobs) for _, a in s.restored],
+            }
+            for name, s in sides.items()
+        },
         "pairs": {
             name: {"restore_ttft_s": [t for t, _ in s.restored], "device_hit_ttft_s": s.device_hits}
             for name, s in sides.items()
@@ -292,9 +314,10 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="benchmarks.demo_sglang", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="in a minute, for the tests; the numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="one prompt, once")
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for the JSON and the picture")
     arguments = parser.parse_args(argv)
-    plan, say = TINY if arguments.tiny else FULL, Say()
+    plan, say = TINY if arguments.tiny else QUICK if arguments.quick else FULL, Say()
     logs = ROOT / "build" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     arguments.output.mkdir(parents=True, exist_ok=True)

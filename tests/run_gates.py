@@ -90,7 +90,7 @@ GATES = (
     Gate(
         name="sglang",
         proves="a real SGLang on a CPU, with its hierarchical cache",
-        budget_s=900,
+        budget_s=1500,
         environment="sglang",
         tests="tests/engines/sglang",
         models=("all",),
