@@ -19,6 +19,9 @@ import torch
 
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# Fields of a model's configuration that do not change what it computes.
+_IRRELEVANT = frozenset({"_name_or_path", "transformers_version", "architectures_hash", "_commit_hash"})
+
 ParameterSums = dict[str, tuple[str, int, int, bool]]
 """name -> (dtype, elements, sum of bit patterns modulo 2**64, whether it is sharded over tensor-parallel ranks)"""
 
@@ -37,6 +40,12 @@ def parameter_sums(model: Any) -> ParameterSums:
             )
             sums[name] = (str(tensor.dtype), tensor.numel(), total, sharded)
     return sums
+
+
+def config_digest(hf_config: Any) -> str:
+    """Digest of a model's resolved configuration, which carries overrides and rope scaling; hexadecimal."""
+    body = {k: v for k, v in hf_config.to_dict().items() if k not in _IRRELEVANT}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def combine(ranks: Iterable[ParameterSums]) -> str:

@@ -24,10 +24,12 @@ class BlockingClient:
 
     Args:
         client: not started yet.
+        store_timeout_s: age at which a store is given up and the service ended; loads have the client's own.
     """
 
-    def __init__(self, client: IoClient) -> None:
+    def __init__(self, client: IoClient, store_timeout_s: float = 30.0) -> None:
         self._client = client
+        self._store_timeout_s = store_timeout_s
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._ids = itertools.count(1)
@@ -65,11 +67,16 @@ class BlockingClient:
         return LoadResult(job, (0,) * len(runs), (IoServiceError.kind,) * len(runs))
 
     def store(self, chunks: Sequence[StoreChunk]) -> StoreResult:
-        """Store; blocks until every chunk is published or lost. A failure is an answer, never an exception."""
+        """Store; blocks until every chunk is published or lost. A failure is an answer, never an exception.
+
+        On return no page is read any more: a store that takes too long costs the service its life.
+        """
         with self._news:
             job = self._next()
             self._client.submit_store(job, tuple(chunks))
-            answer = self._await(job, None)
+            answer = self._await(job, time.monotonic() + self._store_timeout_s)
+            if answer is None and not self._closed.is_set():
+                self._client.abandon("a store is overdue")
         return answer if isinstance(answer, StoreResult) else StoreResult(job, ("failed",) * len(chunks))
 
     def probe(self, probe: Probe, timeout_s: float) -> tuple[Segment, ...]:

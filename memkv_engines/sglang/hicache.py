@@ -118,7 +118,8 @@ class MemKVHiCache(HiCacheStorage):
             groups=tuple(pool.spec() for pool in pools),
         )
         client = BlockingClient(
-            IoClient(setup, io_process=config.io.io_process, load_timeout_ms=config.io.load_timeout_ms)
+            IoClient(setup, io_process=config.io.io_process, load_timeout_ms=config.io.load_timeout_ms),
+            store_timeout_s=config.io.load_timeout_ms / 1000,
         )
         client.start()
         client.manifest(Manifest(namespace.canonical_json))
@@ -235,24 +236,20 @@ class MemKVHiCache(HiCacheStorage):
         prefix = _prefix(extra_info)
         return {t.name: self._set(str(t.name), t.keys or [], t.host_indices, prefix) for t in transfers}
 
-    @guarded(list, refusals=False)
     def _get(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool]:
-        found = self._try_get(pool, keys, host_indices, prefix)
-        return found if found is not None else [False] * len(keys)
+        return self._load(pool, keys, host_indices, prefix) or [False] * len(keys)
 
-    @guarded(list, refusals=False)
     def _set(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool]:
-        stored = self._try_set(pool, keys, host_indices, prefix)
-        return stored if stored is not None else [False] * len(keys)
+        return self._store(pool, keys, host_indices, prefix) or [False] * len(keys)
 
     @guarded(refusals=False)
-    def _try_get(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
+    def _load(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
         if not self._config.policy.load or pool not in self._stores:
             return None
         return self._stores[pool].load(keys, prefix, host_indices)
 
     @guarded(refusals=False)
-    def _try_set(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
+    def _store(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
         if not self._config.policy.store or pool not in self._stores:
             return None
         return self._stores[pool].store(keys, prefix, host_indices)

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from memkv_engines.config import Config
-from memkv_engines.doors.fingerprint import ParameterSums, parameter_sums
+from memkv_engines.doors.fingerprint import ParameterSums, config_digest, parameter_sums
 from memkv_engines.errors import ConfigError, IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.sglang import compat
 from memkv_engines.sglang.pools import HostPool
-
-_IRRELEVANT = frozenset({"_name_or_path", "transformers_version", "_commit_hash"})
 
 
 def refuse_unsupported(storage_config: Any, pass_prefix_keys: bool | None) -> None:
@@ -59,7 +57,7 @@ def build_namespace(
         "page_hash": "sha256 of the page before and tokens as uint32",
         "model": str(storage_config.model_name),
         "weights": _weights_id(config, sums, storage_config.tp_size),
-        "model_config": _model_config_digest(model_config),
+        "model_config": config_digest(model_config.hf_config) if model_config is not None else "",
         "quantization": str(getattr(model_config, "quantization", None)),
         "tp_size": int(storage_config.tp_size),
         "pp": [int(storage_config.pp_rank), int(storage_config.pp_size)],
@@ -89,9 +87,3 @@ def _weights_id(config: Config, sums: ParameterSums | None, tp_size: int) -> str
     totals = compat.sum_over_ranks([sums[name][2] % 2**62 for name in names], tp_size)
     body = [[name, sums[name][0], sums[name][1], total] for name, total in zip(names, totals, strict=True)]
     return f"sums:{hashlib.sha256(json.dumps(body).encode()).hexdigest()}"
-
-
-def _model_config_digest(model_config: Any) -> str:
-    hf_config = getattr(model_config, "hf_config", None)
-    body = {k: v for k, v in hf_config.to_dict().items() if k not in _IRRELEVANT} if hf_config is not None else {}
-    return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()

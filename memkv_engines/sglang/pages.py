@@ -8,12 +8,15 @@ from typing import Any
 from memkv_engines.config import Config
 from memkv_engines.keys import Namespace
 from memkv_engines.limits import HASH_BYTES
+from memkv_engines.log import Throttle, get_logger
 from memkv_engines.offload import batches
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.messages import Probe, Segment, split_hashes
 from memkv_engines.offload.service import staging_slots
 from memkv_engines.sglang.chain import ChainMemory
 from memkv_engines.sglang.pools import HostPool
+
+log = get_logger(__name__)
 
 
 class PageStore:
@@ -29,6 +32,8 @@ class PageStore:
     def __init__(self, pool: HostPool, namespace: Namespace, client: BlockingClient, config: Config) -> None:
         self._pool, self._namespace, self._client = pool, namespace.digest, client
         self._chain = ChainMemory()
+        # One for each of the controller's threads: a throttle is not thread-safe.
+        self._load_lines, self._store_lines = Throttle(), Throttle()
         self._probe_timeout_s = config.lookup.probe_timeout_ms / 1000
         # A store that finds no staging is shed; so no call submits more than half of what there is.
         slot_bytes = (pool.largest_chunk + 1) * pool.block_bytes
@@ -71,7 +76,19 @@ class PageStore:
             result = self._client.load([run for _, run in runs])
             for (first, _), count in zip(runs, result.good_blocks, strict=True):
                 good[first : first + count] = [True] * count
+            self._report_load([kind for kind in result.kinds if kind], len(keys) - sum(good))
         return good
+
+    def _report_load(self, kinds: Sequence[str], pages: int) -> None:
+        held = self._load_lines.admit("load") if kinds else None
+        if held is not None:
+            log.warning(
+                "pool %s: %d pages are not used and will be recomputed: %s (%d more such lines held back)",
+                self._pool.name,
+                pages,
+                ", ".join(sorted(set(kinds))),
+                held,
+            )
 
     def store(self, keys: Sequence[str], prefix: Sequence[str], host_indices: Any) -> list[bool] | None:
         """Store the pages that are not stored yet; arguments and answer as in ``load``."""
@@ -97,7 +114,19 @@ class PageStore:
             for (first, chunk), outcome in zip(part, result.outcomes, strict=True):
                 stored = outcome in ("stored", "present")
                 done[first : first + len(chunk.block_ids)] = [stored] * len(chunk.block_ids)
+            self._report_store([outcome for outcome in result.outcomes if outcome not in ("stored", "present")])
         return done
+
+    def _report_store(self, outcomes: Sequence[str]) -> None:
+        held = self._store_lines.admit("store") if outcomes else None
+        if held is not None:
+            log.warning(
+                "pool %s: %d chunks were not stored: %s (%d more such lines held back)",
+                self._pool.name,
+                len(outcomes),
+                ", ".join(sorted(set(outcomes))),
+                held,
+            )
 
     def _present(self, keys: Sequence[str], prefix: Sequence[str], *, survey: bool) -> list[bool]:
         hashes, wanted = self._hashes(keys, prefix)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from memkv_engines.config import Config
-from memkv_engines.doors.fingerprint import combine
+from memkv_engines.doors.fingerprint import combine, config_digest
 from memkv_engines.errors import IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.vllm import compat
 from memkv_engines.vllm.metadata import Handshake
-
-# Fields of a model's configuration that do not change what it computes.
-_IRRELEVANT = frozenset({"_name_or_path", "transformers_version", "architectures_hash", "_commit_hash"})
 
 
 def build_namespace(vllm_config: Any, config: Config, handshakes: list[Handshake]) -> Namespace:
@@ -35,7 +30,7 @@ def build_namespace(vllm_config: Any, config: Config, handshakes: list[Handshake
     fields: dict[str, JsonValue] = {
         "engine": "vllm",
         "weights": _weights_id(config, handshakes),
-        "model_config": _model_config_digest(vllm_config),
+        "model_config": config_digest(vllm_config.model_config.hf_config),
         "quantization": str(vllm_config.model_config.quantization),
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "dtype": str(vllm_config.model_config.dtype),
@@ -55,10 +50,3 @@ def _weights_id(config: Config, handshakes: list[Handshake]) -> str:
             "weights on this tier have"
         )
     return f"sums:{combine(h.weights for h in handshakes if h.weights is not None)}"
-
-
-def _model_config_digest(vllm_config: Any) -> str:
-    # The resolved configuration carries hf_overrides and rope scaling.
-    body = {k: v for k, v in vllm_config.model_config.hf_config.to_dict().items() if k not in _IRRELEVANT}
-    text = json.dumps(body, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

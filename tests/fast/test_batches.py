@@ -222,6 +222,20 @@ def test_a_service_that_dies_answers_everyone(client: BlockingClient) -> None:
     until(lambda: client.store([pair[1]]).outcomes == ("stored",), 20)
 
 
+def test_a_store_that_hangs_ends(client: BlockingClient) -> None:
+    """Its pages are the engine's own again afterwards: the service is gone."""
+    pid = client._client.child_pid
+    assert pid is not None
+    client._store_timeout_s = 0.3
+    os.kill(pid, signal.SIGSTOP)
+    (pair,) = batches.store_chunks(NAMESPACE.digest, 0, chain(4), [0, 1, 2, 3], [(0, 4)], 0, (4, BLOCK_BYTES))
+    assert client.store([pair[1]]).outcomes == ("failed",)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    client._store_timeout_s = 20
+    until(lambda: client.store([pair[1]]).outcomes == ("stored",), 20)
+
+
 def test_closing_answers_those_who_wait(client: BlockingClient) -> None:
     os.kill(client._client.child_pid or 0, signal.SIGSTOP)
     answers: list[object] = []

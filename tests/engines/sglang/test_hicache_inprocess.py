@@ -181,7 +181,9 @@ def check_unharmed(side: Side, free_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("bad_page", [0, 4, 8])
-def test_a_damaged_page_ends_the_prefix(bad_page: int, reader: Side, tier: Path) -> None:
+def test_a_damaged_page_ends_the_prefix(
+    bad_page: int, reader: Side, tier: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     free = reader.free_host_tokens()
     (path,) = tier.rglob("*.kv")
     data = bytearray(path.read_bytes())
@@ -189,6 +191,7 @@ def test_a_damaged_page_ends_the_prefix(bad_page: int, reader: Side, tier: Path)
     data[geometry.block_offset(bad_page) + 77] ^= 0x10
     path.write_bytes(data)
     assert reader.prefetch(sequence(9)) == pages(bad_page)
+    assert "will be recomputed: damaged" in caplog.text
     check_unharmed(reader, free - pages(bad_page))
     assert not list(tier.rglob("*.kv")), "a damaged chunk is not offered again"
     assert reader.prefetch(sequence(9)) == pages(bad_page)
@@ -231,10 +234,13 @@ def test_a_killed_io_process_costs_misses_and_comes_back(reader: Side) -> None:
         time.sleep(0.2)
 
 
-def test_a_tier_that_takes_no_writes_costs_nothing_but_the_store(bench: Bench, tier: Path) -> None:
+def test_a_tier_that_takes_no_writes_costs_nothing_but_the_store(
+    bench: Bench, tier: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     side = bench.side(memkv_config(tier, capacity_bytes=4096), 1)
     side.store(sequence(9))
     assert not list(tier.rglob("*.kv"))
+    assert "chunks were not stored: full" in caplog.text
     assert all(thread.is_alive() for thread in side.threads)
 
 
