@@ -10,11 +10,9 @@ from pathlib import Path
 from benchmarks import harness
 from benchmarks.demo_workload import Workload
 from benchmarks.engine_run import Answer, Engine, EngineSpec, tail_of
-from benchmarks.raw_limit import THREADS, huge_buffer, timed
-from benchmarks.tier_files import TierContents, contents_of, wait_for_blocks
+from benchmarks.tier_files import RawReader, TierContents, contents_of, wait_for_blocks
 
 MAX_TOKENS = 16
-RAW_ROUNDS = 3
 
 Say = Callable[[str], None]
 
@@ -187,39 +185,6 @@ def _restore(engine: Engine, prompt: Sequence[int], files: TierContents, raw: Ra
     harness.drop_from_page_cache(files.paths)
     answer, external_tokens = engine.ask(prompt, MAX_TOKENS)
     return Restored(answer, external_tokens, raw_read_s)
-
-
-class RawReader:
-    """Reads chunk files without any engine: direct I/O into huge pages, as many threads as do best.
-
-    Args:
-        files: What each prompt left in the tier; the first is read to find the number of threads.
-    """
-
-    def __init__(self, files: Sequence[TierContents]) -> None:
-        largest = max(chunk.size_bytes for contents in files for chunk in contents.chunks)
-        self._buffers = [huge_buffer(largest, seed) for seed in range(max(THREADS))]
-        self.threads = 1
-        times = {n: [self._read_s(files[0], n) for _ in range(RAW_ROUNDS)] for n in THREADS}
-        self.threads = min(times, key=lambda n: harness.median(times[n]))
-
-    def read_s(self, files: TierContents) -> float:
-        """Returns the seconds that reading these files takes, from a cold page cache."""
-        return self._read_s(files, self.threads)
-
-    def _read_s(self, files: TierContents, threads: int) -> float:
-        harness.drop_from_page_cache(files.paths)
-
-        def read(index: int, buffer: memoryview) -> None:
-            chunk = files.chunks[index]
-            fd = os.open(chunk.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            try:
-                if os.preadv(fd, [buffer[: chunk.size_bytes]], 0) != chunk.size_bytes:
-                    raise OSError(f"short read of {chunk.path.name}")
-            finally:
-                os.close(fd)
-
-        return timed(len(files.chunks), self._buffers[:threads], read)
 
 
 def _median_ttft(answers: Sequence[Answer]) -> float:

@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.demo_workload import build_workload
-from benchmarks.raw_limit import THREADS, huge_buffer, timed
-from tests.engines.sglang.engines import Answer, Engine, hicache, tokens_of, wait_until
+from benchmarks.tier_files import RawReader, contents_of
+from tests.engines.sglang.engines import Answer, Engine, hicache, memkv_extra, tokens_of, wait_until
 from tests.environments.engine_env import ROOT
 from tests.environments.sglang_models import ensure_model
 
@@ -43,7 +43,7 @@ MEANING = {
     "restore_cost_s": "median of restore less the device hit of the same prompt right after it",
     "file_backend_restore_cost_s": "the same with SGLang's own `file` backend, in turns",
     "restore_cost_ratio": "median of the ratios of pairs, with its 95% bootstrap interval",
-    "raw_read_s": "the files of one prompt by direct I/O into huge pages at the best number of threads; median",
+    "raw_read_s": "the files of one prompt (all, divided by the prompts) by direct I/O into huge pages; median",
     "objects": "files in the tier, and their mean size",
 }
 
@@ -92,15 +92,7 @@ class Side:
         """The engine's arguments."""
         if self.name == FILE:
             return hicache("file", file_storage_path=str(self.folder))
-        return hicache(
-            "dynamic",
-            backend_name="memkv_engines",
-            module_path="memkv_engines.sglang.hicache",
-            class_name="MemKVHiCache",
-            interface_v1=1,
-            hicache_storage_pass_prefix_keys=True,
-            path=str(self.folder),
-        )
+        return hicache("dynamic", **memkv_extra(self.folder))
 
     def files(self) -> list[Path]:
         """What it stored."""
@@ -165,6 +157,8 @@ def first_visits(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[i
 
 def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> list[float]:
     """Fresh processes restore every prompt in turns; seconds of raw reads of our own files, per prompt."""
+    ours = contents_of(next(side.folder for side in sides if side.name == MEMKV))
+    reader = RawReader([ours])
     say("fresh processes")
     engines = [(side, start(side, plan, logs)) for side in sides]
     raw = []
@@ -178,33 +172,13 @@ def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]]
                     harness.drop_from_page_cache(side.files())
                     side.restored.append(ask(engine, prompt))
                     side.device_hits.append(ask(engine, prompt)[0])
-                ours = next(side for side in sides if side.name == MEMKV)
-                raw.append(raw_read(ours.files()) / len(prompts))
+                raw.append(reader.read_s(ours) / len(prompts))
                 text = ", ".join(f"{s.name} {s.restored[-1][0]:.2f} s (hit {s.device_hits[-1]:.2f} s)" for s in sides)
                 say(f"    round {round_ + 1}, prompt {number + 1}: {text}, raw read {raw[-1]:.3f} s")
     finally:
         for _, engine in engines:
             engine.shutdown()
     return raw
-
-
-def raw_read(files: Sequence[Path]) -> float:
-    """Read the files by direct I/O into huge pages, cold, at the best number of threads; seconds."""
-    largest = max(path.stat().st_size for path in files)
-    buffers = [huge_buffer(-(-largest // 4096) * 4096, seed) for seed in range(max(THREADS))]
-
-    def work(index: int, buffer: memoryview) -> None:
-        fd = os.open(files[index], os.O_RDONLY | os.O_DIRECT)
-        try:
-            os.preadv(fd, [buffer[: -(-files[index].stat().st_size // 4096) * 4096]], 0)
-        finally:
-            os.close(fd)
-
-    best = float("inf")
-    for threads in THREADS:
-        harness.drop_from_page_cache(files)
-        best = min(best, timed(len(files), buffers[:threads], work))
-    return best
 
 
 def same_answers(sides: Sequence[Side], prompts: int) -> bool:

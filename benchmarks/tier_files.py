@@ -1,18 +1,22 @@
-"""What lies in a tier's directory, seen from outside: the chunk files, their sizes and which blocks they hold."""
+"""What lies in a tier's directory, seen from outside: chunk files, their sizes, which blocks they hold, a raw read."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import harness
+from benchmarks.raw_limit import THREADS, huge_buffer, timed
 from memkv_engines.chunk.codec import ChunkHeader, decode_header
 from memkv_engines.errors import ChunkForeign
 from memkv_engines.keys import ChunkName
 from memkv_engines.limits import MIB
 
 POLL_S = 0.05
+RAW_ROUNDS = 3
 MAX_HEADER_BYTES = MIB
 
 
@@ -138,3 +142,36 @@ def wait_for_blocks(root: Path, earlier: TierContents, blocks: int, timeout_s: f
             return new
         previous = new.blocks
         time.sleep(POLL_S)
+
+
+class RawReader:
+    """Reads chunk files without any engine: direct I/O into huge pages, as many threads as do best.
+
+    Args:
+        files: What each prompt left in the tier; the first is read to find the number of threads.
+    """
+
+    def __init__(self, files: Sequence[TierContents]) -> None:
+        largest = max(chunk.size_bytes for contents in files for chunk in contents.chunks)
+        self._buffers = [huge_buffer(largest, seed) for seed in range(max(THREADS))]
+        self.threads = 1
+        times = {n: [self._read_s(files[0], n) for _ in range(RAW_ROUNDS)] for n in THREADS}
+        self.threads = min(times, key=lambda n: harness.median(times[n]))
+
+    def read_s(self, files: TierContents) -> float:
+        """Returns the seconds that reading these files takes, from a cold page cache."""
+        return self._read_s(files, self.threads)
+
+    def _read_s(self, files: TierContents, threads: int) -> float:
+        harness.drop_from_page_cache(files.paths)
+
+        def read(index: int, buffer: memoryview) -> None:
+            chunk = files.chunks[index]
+            fd = os.open(chunk.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            try:
+                if os.preadv(fd, [buffer[: chunk.size_bytes]], 0) != chunk.size_bytes:
+                    raise OSError(f"short read of {chunk.path.name}")
+            finally:
+                os.close(fd)
+
+        return timed(len(files.chunks), self._buffers[:threads], read)

@@ -85,6 +85,10 @@ class BlockingClient:
             job = self._next()
             self._client.counters.add("probe_requests")
             self._client.submit_probe(probe.numbered(job))
+            if self._client.mode == "down":
+                # Nobody took it, and a service that comes back knows nothing of it.
+                self._wanted.discard(job)
+                return ()
             self._probing.add(job)
             answer = self._await(job, time.monotonic() + timeout_s)
             self._probing.discard(job)

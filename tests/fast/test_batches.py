@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,6 +221,15 @@ def test_a_service_that_dies_answers_everyone(client: BlockingClient) -> None:
     assert set(answers) == {(), ("failed",), ("io_service",)}
     # It comes back, and serves again.
     until(lambda: client.store([pair[1]]).outcomes == ("stored",), 20)
+
+
+def test_a_look_up_while_the_service_is_down_is_a_miss_at_once(client: BlockingClient) -> None:
+    with client._lock:
+        client._client.abandon("a test")
+    started = time.monotonic()
+    assert client.probe(probe_of(chain(4)), 60) == ()
+    assert time.monotonic() - started < 20, "it waited for a service that never got the question"
+    until(lambda: client._client.mode == "process", 20)
 
 
 def test_a_store_that_hangs_ends(client: BlockingClient) -> None:

@@ -42,6 +42,8 @@ LOG_TAIL_CHARS = 8000
 SHARED_MEMORY = Path("/dev/shm")
 
 PAGE_TOKENS = 16
+# Far above what rounding does to a log-probability here, and far below what wrong KV does.
+TOLERANCE = 1e-3
 ENGINE_DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -86,6 +88,26 @@ def hicache(
             "hicache_storage_backend_extra_config": json.dumps(extra_config),
         }
     return {**HICACHE_DEFAULTS, **storage, **(options or {})}
+
+
+def memkv_extra(tier: Path, **keys: Any) -> dict[str, Any]:
+    """Returns the extra configuration of our backend, for `hicache("dynamic", ...)`; `keys` add to it or replace."""
+    return {
+        "backend_name": "memkv_engines",
+        "module_path": "memkv_engines.sglang.hicache",
+        "class_name": "MemKVHiCache",
+        "interface_v1": 1,
+        "hicache_storage_pass_prefix_keys": True,
+        "path": str(tier),
+        **keys,
+    }
+
+
+def is_same(answer: Answer, other: Answer) -> bool:
+    """Tells whether two answers agree, but for rounding."""
+    return answer.tokens == other.tokens and all(
+        abs(one - another) <= TOLERANCE for one, another in zip(answer.logprobs, other.logprobs, strict=True)
+    )
 
 
 def tokens_of(seed: int, length: int) -> list[int]:

@@ -33,6 +33,8 @@ with warnings.catch_warnings():
     from sglang.test.kits.unified_radix_cache.config import CacheConfig
     from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
 
+from tests.engines.sglang.engines import memkv_extra
+
 __all__ = ["Bench", "PoolHitPolicy", "PoolName", "PoolTransfer", "Side", "memkv_config", "same", "sequence"]
 
 PAGE_TOKENS = 16
@@ -64,19 +66,8 @@ LAYOUTS = (
 
 def memkv_config(tier: Any, **keys: Any) -> dict[str, Any]:
     """The extra config of our backend."""
-    return {
-        "backend_name": "memkv_engines",
-        "module_path": "memkv_engines.sglang.hicache",
-        "class_name": "MemKVHiCache",
-        "interface_v1": 1,
-        "hicache_storage_pass_prefix_keys": True,
-        "path": str(tier),
-        "weights_id": "fixture",
-        "direct_io": "off",
-        "probe_timeout_ms": 20_000,
-        "prefetch_threshold": 1,
-        **keys,
-    }
+    quick = {"weights_id": "fixture", "direct_io": "off", "probe_timeout_ms": 20_000, "prefetch_threshold": 1}
+    return memkv_extra(tier, **{**quick, **keys})
 
 
 class Bench(UnifiedRadixCacheStorageFixtures, unittest.TestCase):

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, tokens_of, wait_until
+from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, is_same, tokens_of, wait_until
 
 PROMPT_TOKENS = 600
 PAGES = PROMPT_TOKENS // PAGE_TOKENS
 PROMPT = tokens_of(5, PROMPT_TOKENS)
 # Differs in a single early token.
 CHANGED_PROMPT = [*PROMPT[:40], 4 + (PROMPT[40] + 1) % 256, *PROMPT[41:]]
-# Far above what rounding does to a log-probability here, and far below what wrong KV does.
-TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         answers["damaged"] = engine.generate(PROMPT)
         held = engine.shared_memory()
     return Run(answers, held, engine.pids(), engine.shared_memory())
-
-
-def is_same(answer: Answer, other: Answer) -> bool:
-    """Tells whether two answers agree, but for rounding."""
-    return answer.tokens == other.tokens and answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
 def test_every_part_of_a_prompt_decides(run: Run) -> None:

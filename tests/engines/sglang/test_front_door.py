@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.sglang.engines import PAGE_TOKENS, session_pids, tokens_of, wait_until
+from tests.engines.sglang.engines import PAGE_TOKENS, memkv_extra, session_pids, tokens_of, wait_until
 from tests.environments.engine_env import ROOT, engine_env, sglang_settings
 from tests.environments.sglang_models import ensure_model
 
@@ -131,16 +131,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def attach(server: Server, tier: Path, **keys: Any) -> str:
-    config = {
-        "backend_name": "memkv_engines",
-        "module_path": "memkv_engines.sglang.hicache",
-        "class_name": "MemKVHiCache",
-        "interface_v1": 1,
-        "hicache_storage_pass_prefix_keys": True,
-        "path": str(tier),
-        "probe_timeout_ms": 20_000,
-        **keys,
-    }
+    config = memkv_extra(tier, probe_timeout_ms=20_000, **keys)
     body = {
         "hicache_storage_backend": "dynamic",
         "hicache_storage_backend_extra_config_json": json.dumps(config),

@@ -14,41 +14,31 @@ from typing import Any
 
 import pytest
 
-from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, tokens_of, wait_until
+from tests.engines.sglang.engines import (
+    PAGE_TOKENS,
+    Answer,
+    Engine,
+    hicache,
+    is_same,
+    memkv_extra,
+    tokens_of,
+    wait_until,
+)
 
 PROMPT_TOKENS = 600
 PROMPT = tokens_of(5, PROMPT_TOKENS)
 # Shares 20 pages with the first, and goes on from inside its chunk.
 DIVERGING = [*PROMPT[: 20 * PAGE_TOKENS], *tokens_of(6, 200)]
-TOLERANCE = 1e-3
 
 
-def memkv(tier: Path, *, options: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+def memkv(tier: Path, **keys: Any) -> dict[str, Any]:
     """The engine's arguments for our backend. The weights are fingerprinted, as a user's would be."""
-    return hicache(
-        "dynamic",
-        options=options,
-        backend_name="memkv_engines",
-        module_path="memkv_engines.sglang.hicache",
-        class_name="MemKVHiCache",
-        **{
-            "interface_v1": 1,
-            "hicache_storage_pass_prefix_keys": True,
-            "path": str(tier),
-            "probe_timeout_ms": 20_000,
-            **keys,
-        },
-    )
+    return hicache("dynamic", **memkv_extra(tier, probe_timeout_ms=20_000, **keys))
 
 
 def stored_tokens(tier: Path) -> int:
     """Tokens of full attention in the tier, by the names of the chunks."""
     return PAGE_TOKENS * sum(int(p.name.split("-b")[1].split("-")[0]) for p in tier.rglob("*-g0-*.kv"))
-
-
-def is_same(answer: Answer, other: Answer) -> bool:
-    """Whether two answers agree, but for rounding."""
-    return answer.tokens == other.tokens and answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
 def damage(tier: Path) -> int:
