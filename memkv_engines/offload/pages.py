@@ -5,8 +5,9 @@
 * ``MappedPages``: the pages are mapped here (the loop is a thread of the engine, or the pool is a shared memfd);
   copies are ``memmove``.
 
-Back of the envelope (4 MiB chunk, 90 pieces of 48 KiB): one call, about 1.2 ms at 3.5 GB/s against 0.85 ms for a
-plain copy; the device needs 1.5-2 ms for the same bytes, so the copy hides behind the I/O of the next chunk.
+Measured (4 MiB, virtual machine): one call of one piece 1.3 ms, of 256 pieces of 16 KiB 2.5 ms, a plain copy 0.9 ms;
+the device needs 3.5 ms for the same bytes, so the copy hides behind the I/O of other chunks. Pieces that follow each
+other are merged.
 """
 
 from __future__ import annotations
@@ -94,11 +95,15 @@ class ProcessVmPages(Pages):
         per_call = MAX_IOVECS_PER_CALL // tiles
         for start in range(0, blocks, per_call):
             count = min(per_call, blocks - start)
-            local = np.empty((count, 2), dtype=np.uint64)
-            local[:, 0] = staging_address + (start + np.arange(count)) * stride_bytes
-            local[:, 1] = block_bytes
-            remote = iovecs[start * tiles : (start + count) * tiles]
-            self._call(name, local, remote, count * block_bytes)
+            pieces = iovecs[start * tiles : (start + count) * tiles].reshape(count, tiles, 2)
+            address = staging_address + start * stride_bytes
+            merged = _merge_neighbours(pieces, address, stride_bytes)
+            if merged is None:
+                local = np.empty((count, 2), dtype=np.uint64)
+                local[:, 0] = address + np.arange(count) * stride_bytes
+                local[:, 1] = block_bytes
+                merged = local, pieces.reshape(-1, 2)
+            self._call(name, *merged, count * block_bytes)
 
     def _move_block(self, name: str, remote: Iovecs, staging_address: int) -> None:
         done = 0
@@ -115,6 +120,39 @@ class ProcessVmPages(Pages):
         if done != expect_bytes:
             reason = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {expect_bytes} B"
             raise IoServiceError(f"{name} on process {self._pid}: {reason}")
+
+
+def _merge_neighbours(pieces: Iovecs, staging_address: int, stride_bytes: int) -> tuple[Iovecs, Iovecs] | None:
+    """Merge pieces of blocks that follow each other in the engine's memory, as those of a fresh prompt mostly do.
+
+    The kernel pins and walks the pages of each remote piece on its own, about 4 us a piece; local ones are cheap.
+
+    Args:
+        pieces: address and length of every piece, (blocks, tiles, 2).
+        staging_address: where the first block goes.
+        stride_bytes: distance of blocks in staging.
+
+    Returns:
+        Local and remote lists, tile after tile; None where no block follows its predecessor.
+    """
+    ends = pieces[..., 0] + pieces[..., 1]
+    follows = pieces[1:, :, 0] == ends[:-1]
+    if not follows.any():
+        return None
+    blocks, tiles = pieces.shape[:2]
+    lengths = pieces[..., 1]
+    local = np.empty((tiles, blocks, 2), dtype=np.uint64)
+    local[..., 0] = (staging_address + np.arange(blocks, dtype=np.uint64) * np.uint64(stride_bytes)) + (
+        np.cumsum(lengths, axis=1) - lengths
+    ).T
+    local[..., 1] = lengths.T
+    starts = np.vstack([np.ones((1, tiles), dtype=bool), ~follows]).T.reshape(-1)
+    remote = pieces.transpose(1, 0, 2).reshape(-1, 2)
+    first = np.flatnonzero(starts)
+    merged = np.empty((len(first), 2), dtype=np.uint64)
+    merged[:, 0] = remote[first, 0]
+    merged[:, 1] = np.add.reduceat(remote[:, 1], first)
+    return local.reshape(-1, 2), merged
 
 
 class MappedPages(Pages):
