@@ -50,3 +50,44 @@ def sum_over_ranks(values: list[int], tp_size: int) -> list[int]:
     parts = torch.tensor([[v % 2**31, (v >> 31) % 2**31] for v in values], dtype=torch.int64)
     torch.distributed.all_reduce(parts, group=get_parallel().tp_group.cpu_group)
     return [int(low + (high << 31)) % 2**62 for low, high in parts.tolist()]
+
+
+def dcp_size() -> int:
+    """Ranks of decode context parallelism."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(getattr(get_parallel(), "attn_dcp_size", 1) or 1)
+
+
+def model_path() -> str:
+    """The model's name, as SGLang was given it."""
+    from sglang.srt.runtime_context import get_model
+
+    return str(get_model().model_path)
+
+
+class RankGroup:
+    """The ranks whose radix caches must take the same decisions.
+
+    Args:
+        params: SGLang's ``CacheInitParams``.
+    """
+
+    def __init__(self, params: Any) -> None:
+        groups = [g for g in (params.attn_cp_cache_group, params.attn_tp_cache_group) if _size(g) > 1]
+        self._groups = groups or [g for g in (params.tp_cache_group,) if _size(g) > 1]
+        heads = params.attn_tp_cache_group or params.tp_cache_group
+        self.size = _size(heads)
+        self.rank = torch.distributed.get_rank(group=heads) if self.size > 1 else 0
+
+    def all_agree(self, verdict: bool) -> bool:
+        """Whether every rank says yes. All ranks must call it; blocks until they have."""
+        votes = torch.tensor([int(verdict)], dtype=torch.int)
+        for group in self._groups:
+            torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=group)
+        return bool(votes.item())
+
+
+def _size(group: Any) -> int:
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size(group=group) if group is not None and initialized else 1

@@ -17,7 +17,7 @@ from memkv_engines.sglang.pages import PageStore
 
 
 class BouncePool:
-    """Pages as SGLang's flat tensors hold them; looks like a host pool to ``HostPool``.
+    """Pages as SGLang's flat tensors hold them; looks like one of SGLang's pools to ``PagedPool``.
 
     Args:
         pool: the host pool whose pages pass through.

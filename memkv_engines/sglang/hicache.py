@@ -17,25 +17,20 @@ from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
-    PoolHitPolicy,
     PoolName,
     PoolTransfer,
     PoolTransferResult,
 )
 
 from memkv_engines.config import load_config
-from memkv_engines.errors import LayoutError
+from memkv_engines.errors import IoServiceError, LayoutError
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
-from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.boundary import guarded
-from memkv_engines.offload.client import IoClient
-from memkv_engines.offload.messages import Manifest, Setup
 from memkv_engines.sglang import compat, identity
 from memkv_engines.sglang.flat import BouncePool, FlatPages
-from memkv_engines.sglang.pages import PageStore
-from memkv_engines.sglang.pools import HostPool
-from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.sglang.pools import PagedPool
+from memkv_engines.sglang.stores import PageStores
 
 log = get_logger(__name__)
 
@@ -63,10 +58,8 @@ class MemKVHiCache(HiCacheStorage):
         self._model_config = getattr(runner, "model_config", None)
         self._sums = identity.weights_of(self._config, runner)
         self.counters = Counters()
-        self._pools: dict[str, HostPool] = {}
-        self._stores: dict[str, PageStore] = {}
-        self._client: BlockingClient | None = None
-        self._namespace_folder = ""
+        self._pools: dict[str, PagedPool] = {}
+        self._stores: PageStores | None = None
         self._direct = bool((storage_config.extra_config or {}).get("interface_v1"))
         self._flat: FlatPages | None = None
         if not self._direct:
@@ -82,14 +75,14 @@ class MemKVHiCache(HiCacheStorage):
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """A pool of the hybrid cache; the anchor comes once more."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
-        if self._client is not None:
+        if self._stores is not None:
             log.warning("host pool %s came after the start and is not stored", host_pool_name)
         elif host_pool_name != PoolName.KV:
             self._register(host_pool_name, host_pool)
 
     def _register(self, name: Any, pool: Any) -> None:
         try:
-            made = HostPool(str(name), pool, self._storage_config, self._config.chunk.chunk_target_bytes)
+            made = PagedPool(str(name), pool, self._storage_config, self._config.chunk.chunk_target_bytes)
         except LayoutError as error:
             if name == PoolName.KV:
                 raise
@@ -105,56 +98,31 @@ class MemKVHiCache(HiCacheStorage):
             ConfigError: the tier cannot be used.
             IdentityError: the weights are unknown.
         """
-        config, pools = self._config, list(self._pools.values())
-        namespace = identity.build_namespace(self._storage_config, config, pools, self._sums, self._model_config)
-        self._namespace_folder = namespace.folder
-        setup = Setup(
-            config.tier.path,
-            config.tier.direct_io,
-            config.tier.capacity_bytes,
-            read_only=not config.policy.store,
-            io_threads=config.io.io_threads,
-            staging_bytes=config.io.staging_bytes,
-            groups=tuple(pool.spec() for pool in pools),
+        stores = PageStores(
+            self._config, self._storage_config, list(self._pools.values()), self._sums, self._model_config
         )
-        client = BlockingClient(
-            IoClient(setup, io_process=config.io.io_process, load_timeout_ms=config.io.load_timeout_ms),
-            store_timeout_s=config.io.load_timeout_ms / 1000,
-        )
-        client.start()
-        client.manifest(Manifest(namespace.canonical_json))
-        self._stores = {pool.name: PageStore(pool, namespace, client, config) for pool in pools}
         if not self._direct:
-            self._flat = FlatPages(self._stores[PoolName.KV.value], self._pools[PoolName.KV.value].pool)
-        self._client = client
-        for pool in pools:
-            log.info(
-                "pool %s: pages of %d B, %d a chunk (%d at most)",
-                pool.name,
-                pool.block_bytes,
-                pool.blocks_per_chunk,
-                pool.largest_chunk,
-            )
-        log.info("I/O service: %s; namespace %s", client.description, namespace.folder)
+            anchor = PoolName.KV.value
+            self._flat = FlatPages(stores.by_pool[anchor], self._pools[anchor].pool)
+        self._stores = stores
 
     @guarded(refusals=False)
     def close(self) -> None:
         """End the I/O service; idempotent."""
-        client, self._client = self._client, None
-        self._stores = {}
-        if client is not None:
-            client.close()
+        stores, self._stores, self._flat = self._stores, None, None
+        if stores is not None:
+            stores.close()
 
     @guarded(lambda: False, refusals=False)
     def clear(self) -> bool:
         """Remove every chunk of this namespace from the tier. Blocks while it lists the folder."""
-        tier = DirectoryTier(self._config.tier.path, direct_io="off")
-        try:
-            for name in list(tier.names(self._namespace_folder)):
-                tier.remove(self._namespace_folder, name)
-        finally:
-            tier.close()
+        self._started().clear()
         return True
+
+    def _started(self) -> PageStores:
+        if self._stores is None:
+            raise IoServiceError("a call before on_host_pools_registered or after close")
+        return self._stores
 
     # --- look-ups ------------------------------------------------------------
 
@@ -165,7 +133,7 @@ class MemKVHiCache(HiCacheStorage):
     @guarded(lambda: 0, refusals=False)
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
         """How many leading pages are stored. Blocks for at most ``probe_timeout_ms``."""
-        return self._stores[PoolName.KV.value].leading(keys, _prefix(extra_info))
+        return self._started().by_pool[PoolName.KV.value].leading(keys, _prefix(extra_info))
 
     @guarded(lambda: PoolTransferResult.empty(), refusals=False)
     def batch_exists_v2(
@@ -175,34 +143,8 @@ class MemKVHiCache(HiCacheStorage):
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
         """How many leading pages are usable, with what each pool needs. The semantics are those of ``HiCacheFile``."""
-        prefix = _prefix(extra_info)
-        kv = self._stores[PoolName.KV.value].leading(keys, prefix)
-        hits: dict[str, int] = {PoolName.KV: kv} if kv else {}
-        usable = set(range(1, kv + 1))
-        for transfer in pool_transfers or []:
-            if not usable:
-                break
-            ends = self._usable_ends(transfer, keys[:kv], prefix)
-            if ends:
-                hits[transfer.name] = max(ends)
-            # A second form of the full pages: it may be missing without making them useless.
-            if transfer.hit_policy != PoolHitPolicy.BLOCK_GROUPS:
-                usable &= ends
-        return PoolTransferResult(max(usable, default=0), hits, sorted(usable))
-
-    def _usable_ends(self, transfer: PoolTransfer, keys: list[str], prefix: list[str]) -> set[int]:
-        """Numbers of leading pages after which this pool could go on."""
-        store = self._stores.get(str(transfer.name))
-        if store is None:
-            return set()
-        present = store.present(keys, prefix)
-        if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
-            need = max(1, len(transfer.keys or []))
-            return {end for end in range(1, len(keys) + 1) if all(present[max(0, end - need) : end])}
-        leading = present.index(False) if False in present else len(present)
-        if transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS:
-            leading -= leading % max(1, transfer.block_pages)
-        return set(range(1, leading + 1))
+        hits = self._started().hits(keys, pool_transfers or [], _prefix(extra_info))
+        return PoolTransferResult(max(hits.usable, default=0), hits.by_pool, sorted(hits.usable))
 
     # --- transfers -----------------------------------------------------------
 
@@ -244,15 +186,11 @@ class MemKVHiCache(HiCacheStorage):
 
     @guarded(refusals=False)
     def _load(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
-        if not self._config.policy.load or pool not in self._stores:
-            return None
-        return self._stores[pool].load(keys, prefix, host_indices)
+        return self._started().load(pool, keys, prefix, host_indices)
 
     @guarded(refusals=False)
     def _store(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
-        if not self._config.policy.store or pool not in self._stores:
-            return None
-        return self._stores[pool].store(keys, prefix, host_indices)
+        return self._started().store(pool, keys, prefix, host_indices)
 
     # --- the oldest interface: flat tensors ------------------------------------
 

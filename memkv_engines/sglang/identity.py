@@ -16,7 +16,7 @@ from memkv_engines.doors.fingerprint import ParameterSums, config_digest, parame
 from memkv_engines.errors import ConfigError, IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.sglang import compat
-from memkv_engines.sglang.pools import HostPool
+from memkv_engines.sglang.pools import PagedPool
 
 
 def refuse_unsupported(storage_config: Any, pass_prefix_keys: bool | None) -> None:
@@ -38,7 +38,7 @@ def refuse_unsupported(storage_config: Any, pass_prefix_keys: bool | None) -> No
 
 
 def build_namespace(
-    storage_config: Any, config: Config, pools: Sequence[HostPool], sums: ParameterSums | None, model_config: Any
+    storage_config: Any, config: Config, pools: Sequence[PagedPool], sums: ParameterSums | None, model_config: Any
 ) -> Namespace:
     """The namespace of this rank; the same on all ranks of one engine that may read each other's bytes.
 

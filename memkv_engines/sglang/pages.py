@@ -14,7 +14,7 @@ from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.messages import Probe, Segment, split_hashes
 from memkv_engines.offload.service import staging_slots
 from memkv_engines.sglang.chain import ChainMemory
-from memkv_engines.sglang.pools import HostPool
+from memkv_engines.sglang.pools import PagedPool
 
 log = get_logger(__name__)
 
@@ -29,7 +29,7 @@ class PageStore:
         config: ours.
     """
 
-    def __init__(self, pool: HostPool, namespace: Namespace, client: BlockingClient, config: Config) -> None:
+    def __init__(self, pool: PagedPool, namespace: Namespace, client: BlockingClient, config: Config) -> None:
         self._pool, self._namespace, self._client = pool, namespace.digest, client
         self._chain = ChainMemory()
         # One for each of the controller's threads: a throttle is not thread-safe.
@@ -54,19 +54,20 @@ class PageStore:
         """Which pages are stored."""
         return self._present(keys, prefix, survey=True)
 
-    def load(self, keys: Sequence[str], prefix: Sequence[str], host_indices: Any) -> list[bool] | None:
+    def load(self, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
         """Load pages into the pool.
 
         Args:
             keys: chain hashes of the pages.
             prefix: those of the pages before.
-            host_indices: the slots of the pages.
+            indices: the slots of the pages.
 
         Returns:
             Per page whether it is in place and verified; None if the slots do not fit the keys.
         """
-        pages = self._pool.pages_of(len(keys), host_indices)
+        pages = self._pool.pages_of(len(keys), indices)
         if pages is None:
+            self._report(self._load_lines, "slots", "slots that are not %d whole pages: not loaded", len(keys))
             return None
         hashes, wanted = self._hashes(keys, prefix)
         segments = self._walk(hashes, wanted, survey=False)
@@ -76,24 +77,17 @@ class PageStore:
             result = self._client.load([run for _, run in runs])
             for (first, _), count in zip(runs, result.good_blocks, strict=True):
                 good[first : first + count] = [True] * count
-            self._report_load([kind for kind in result.kinds if kind], len(keys) - sum(good))
+            bad = sorted({kind for kind in result.kinds if kind})
+            if bad:
+                text = "%d pages are not used and will be recomputed: %s"
+                self._report(self._load_lines, "load", text, len(keys) - sum(good), ", ".join(bad))
         return good
 
-    def _report_load(self, kinds: Sequence[str], pages: int) -> None:
-        held = self._load_lines.admit("load") if kinds else None
-        if held is not None:
-            log.warning(
-                "pool %s: %d pages are not used and will be recomputed: %s (%d more such lines held back)",
-                self._pool.name,
-                pages,
-                ", ".join(sorted(set(kinds))),
-                held,
-            )
-
-    def store(self, keys: Sequence[str], prefix: Sequence[str], host_indices: Any) -> list[bool] | None:
+    def store(self, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
         """Store the pages that are not stored yet; arguments and answer as in ``load``."""
-        pages = self._pool.pages_of(len(keys), host_indices)
+        pages = self._pool.pages_of(len(keys), indices)
         if pages is None:
+            self._report(self._store_lines, "slots", "slots that are not %d whole pages: not stored", len(keys))
             return None
         hashes, wanted = self._hashes(keys, prefix)
         self._chain.learn(hashes)
@@ -114,19 +108,16 @@ class PageStore:
             for (first, chunk), outcome in zip(part, result.outcomes, strict=True):
                 stored = outcome in ("stored", "present")
                 done[first : first + len(chunk.block_ids)] = [stored] * len(chunk.block_ids)
-            self._report_store([outcome for outcome in result.outcomes if outcome not in ("stored", "present")])
+            lost = [outcome for outcome in result.outcomes if outcome not in ("stored", "present")]
+            if lost:
+                text = "%d chunks were not stored: %s"
+                self._report(self._store_lines, "store", text, len(lost), ", ".join(sorted(set(lost))))
         return done
 
-    def _report_store(self, outcomes: Sequence[str]) -> None:
-        held = self._store_lines.admit("store") if outcomes else None
+    def _report(self, lines: Throttle, kind: str, text: str, *values: object) -> None:
+        held = lines.admit(kind)
         if held is not None:
-            log.warning(
-                "pool %s: %d chunks were not stored: %s (%d more such lines held back)",
-                self._pool.name,
-                len(outcomes),
-                ", ".join(sorted(set(outcomes))),
-                held,
-            )
+            log.warning("pool %s: " + text + " (%d more such lines held back)", self._pool.name, *values, held)
 
     def _present(self, keys: Sequence[str], prefix: Sequence[str], *, survey: bool) -> list[bool]:
         hashes, wanted = self._hashes(keys, prefix)

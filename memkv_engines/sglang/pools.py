@@ -1,4 +1,4 @@
-"""From SGLang's host pools to layouts: where the bytes of a page lie."""
+"""From SGLang's pools, host or device, to layouts: where the bytes of a page lie."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GROUPS = {
 }
 
 
-class HostPool:
-    """One host pool as a KV group. Keeps the pool alive.
+class PagedPool:
+    """One pool as a KV group. Keeps the pool alive.
 
     Args:
         name: SGLang's name of the pool.
@@ -36,7 +36,7 @@ class HostPool:
 
     def __init__(self, name: str, pool: Any, storage_config: Any, chunk_target_bytes: int) -> None:
         if name not in GROUPS:
-            raise LayoutError(f"host pool {name!r} is not known; known pools: {sorted(GROUPS)}")
+            raise LayoutError(f"pool {name!r} is not known; known pools: {sorted(GROUPS)}")
         self.name, self.pool = name, pool
         self.group = GROUPS[name]
         self.page_tokens = int(getattr(pool, "page_size", 1) or 1)
@@ -75,17 +75,17 @@ class HostPool:
             "pieces": [tile.length_bytes for tile in self.tiles],
         }
 
-    def pages_of(self, keys: int, host_indices: torch.Tensor | None) -> list[int] | None:
+    def pages_of(self, keys: int, indices: torch.Tensor | None) -> list[int] | None:
         """Page numbers of a call's slots; None if there are not as many as the keys need, or they are not whole pages.
 
         Args:
             keys: pages the call is about.
-            host_indices: slots, ``page_tokens`` for each page.
+            indices: slots, ``page_tokens`` for each page.
         """
         size = self.page_tokens
-        if host_indices is None or host_indices.numel() != keys * size:
+        if indices is None or indices.numel() != keys * size:
             return None
-        slots = host_indices.reshape(keys, size)
+        slots = indices.reshape(keys, size)
         steps = torch.arange(size, dtype=slots.dtype, device=slots.device)
         if not bool(((slots[:, :1] + steps) == slots).all()) or bool((slots[:, 0] % size).any()):
             return None
@@ -97,14 +97,14 @@ def _tiles(name: str, pool: Any, page_tokens: int) -> list[TileSpec]:
     """The pieces of a page, from the addresses that the pool gives for its first two and its last page."""
     pages = int(pool.size) // page_tokens
     if pages < 1:
-        raise LayoutError(f"host pool {name!r} holds no page")
+        raise LayoutError(f"pool {name!r} holds no page")
 
     def pieces(page: int) -> tuple[list[int], list[int]]:
         try:
             return pool.get_page_buffer_meta(torch.arange(page * page_tokens, (page + 1) * page_tokens))
         except (ValueError, NotImplementedError) as error:
             raise LayoutError(
-                f"host pool {name!r} does not say where its pages lie ({error}): "
+                f"pool {name!r} does not say where its pages lie ({error}): "
                 "try --hicache-mem-layout page_first or page_first_direct"
             ) from error
 
@@ -116,7 +116,7 @@ def _tiles(name: str, pool: Any, page_tokens: int) -> list[TileSpec]:
         strides = [b - a for a, b in zip(bases, second, strict=True)]
     regular = [base + (pages - 1) * stride for base, stride in zip(bases, strides, strict=True)]
     if regular != list(last) or list(lengths) != list(last_lengths):
-        raise LayoutError(f"host pool {name!r} does not hold its pages at regular addresses")
+        raise LayoutError(f"pool {name!r} does not hold its pages at regular addresses")
     return [TileSpec(int(b), int(s), int(n)) for b, s, n in zip(bases, strides, lengths, strict=True)]
 
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from memkv_engines.config import Config
 from memkv_engines.doors.fingerprint import parameter_sums
+from memkv_engines.doors.io_client import worker_client
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
-from memkv_engines.offload.messages import LoadRun, Setup, StoreChunk
+from memkv_engines.offload.messages import LoadRun, StoreChunk
 from memkv_engines.vllm import compat, geometry
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
 
@@ -65,21 +66,7 @@ class WorkerSide:
         self._writers = frozenset(f.group for f in self._facts if f.writes)
         # The pages must outlive the service: keep the tensors.
         self._kv_caches = kv_caches
-        self._client = IoClient(
-            Setup(
-                config.tier.path,
-                config.tier.direct_io,
-                config.tier.capacity_bytes,
-                read_only=not self._stores,
-                io_threads=config.io.io_threads,
-                staging_bytes=config.io.staging_bytes,
-                groups=tuple(specs),
-            ),
-            io_process=config.io.io_process,
-            load_timeout_ms=config.io.load_timeout_ms,
-            fence_timeout_ms=config.io.fence_timeout_ms,
-            counters=self.counters,
-        )
+        self._client = worker_client(config, specs, stores=self._stores, counters=self.counters)
         self._client.start()
         log.info(
             "I/O service: %s, %s (%s)", self._client.mode, self._client.ready.tier_name, self._client.ready.mode_reason

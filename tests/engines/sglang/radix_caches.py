@@ -12,6 +12,7 @@ import unittest
 import warnings
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ with warnings.catch_warnings():
 
     load_plugins()
     import sglang.test.kits.unified_radix_cache.fixtures as fixtures
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
@@ -35,7 +37,17 @@ with warnings.catch_warnings():
 
 from tests.engines.sglang.engines import memkv_extra
 
-__all__ = ["Bench", "PoolHitPolicy", "PoolName", "PoolTransfer", "Side", "memkv_config", "same", "sequence"]
+__all__ = [
+    "Bench",
+    "LinkerSide",
+    "PoolHitPolicy",
+    "PoolName",
+    "PoolTransfer",
+    "Side",
+    "memkv_config",
+    "same",
+    "sequence",
+]
 
 PAGE_TOKENS = 16
 _COMMON = {"page_size": PAGE_TOKENS, "num_layers": 4, "kv_size": 1024, "max_context_len": 1024}
@@ -98,6 +110,11 @@ class Bench(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         """A cache whose device pool holds noise."""
         return Side(self, extra, seed)
 
+    def linked(self, tier: Any, seed: int, **keys: Any) -> LinkerSide:
+        """A cache without a host pool, linked to a tier."""
+        quick = {"path": str(tier), "weights_id": "fixture", "direct_io": "off", "probe_timeout_ms": 20_000}
+        return LinkerSide(self, {**quick, **keys}, seed)
+
     def build(self) -> tuple[Any, Any, Any]:
         """Cache, allocator and request pool."""
         if self.kind != "mla":
@@ -151,7 +168,7 @@ class Side:
         bench.attach(self.cache, extra)
         self._requests_made = 0
         noise = torch.Generator().manual_seed(seed)
-        for buffer in self._buffers():
+        for buffer in device_buffers(self._allocator, self._requests if bench.cfg.has_mamba else None):
             buffer.copy_(torch.randn(buffer.shape, generator=noise).to(buffer.dtype))
 
     @property
@@ -223,18 +240,106 @@ class Side:
             held += [buffer[inside].clone() for buffer in _pool_buffers(pool.swa_kv_pool)]
         if self._bench.cfg.has_mamba:
             slot = self.cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
-            held += [state[:, slot].clone() for state in self._states()]
+            held += [state[:, slot].clone() for state in mamba_states(self._requests)]
         return held
 
-    def _buffers(self) -> list[torch.Tensor]:
-        pool = self._allocator.get_kvcache()
-        pools = [getattr(pool, "full_kv_pool", pool), *([pool.swa_kv_pool] if hasattr(pool, "swa_kv_pool") else [])]
-        states = self._states() if self._bench.cfg.has_mamba else []
-        return [buffer for p in pools for buffer in _pool_buffers(p)] + states
 
-    def _states(self) -> list[torch.Tensor]:
-        cache = self._requests.mamba_pool.mamba_cache
-        return [*cache.conv, cache.temporal]
+class LinkerSide:
+    """One cache whose device pools are linked straight to the tier.
+
+    Args:
+        bench: the fixtures.
+        keys: the linker's extra config.
+        seed: of the noise in the device pool.
+    """
+
+    def __init__(self, bench: Bench, keys: dict[str, Any], seed: int) -> None:
+        from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker
+
+        self._bench = bench
+        # The fixtures' plain allocator gives slots that are no pages; an engine with pages has this one.
+        with mock.patch.object(
+            fixtures, "TokenToKVPoolAllocator", partial(PagedTokenToKVPoolAllocator, page_size=PAGE_TOKENS)
+        ):
+            self.cache, self._allocator, self._requests = bench.build()
+        config = {
+            "linker": "MemKVCacheLinker",
+            "linker_module_path": "memkv_engines.sglang.linker",
+            "linker_extra_config": keys,
+        }
+        self.linker = create_unified_cache_linker(
+            ServerArgs(model_path="dummy", page_size=PAGE_TOKENS),
+            self.cache.cache_init_params,
+            backend="dynamic",
+            config=config,
+            components=set(self.cache.components),
+        )
+        bench.addCleanup(self.linker.close)
+        self.cache.init_cache_linker(self.linker)
+        noise = torch.Generator().manual_seed(seed)
+        for buffer in device_buffers(self._allocator, self._requests if bench.cfg.has_mamba else None):
+            buffer.copy_(torch.randn(buffer.shape, generator=noise).to(buffer.dtype))
+
+    def free_tokens(self) -> int:
+        """Slots of the device pool of full attention that are not in use."""
+        allocator = self._allocator
+        return int(getattr(allocator, "full_attn_allocator", allocator).available_size())
+
+    def store(self, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Insert a sequence, which offloads it; what the device holds of it."""
+        self._bench._insert(self.cache, self._allocator, self._requests, list(tokens))
+        self.settle()
+        node = fixtures.match_prefix(self.cache, list(tokens)).last_device_node
+        slots = self.cache.path_device_indices(node)
+        assert len(slots) == len(tokens)
+        state = (
+            self.cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
+            if self._bench.cfg.has_mamba
+            else None
+        )
+        return self._held(slots, state)
+
+    def settle(self) -> None:
+        """Wait for offloads, as the scheduler does between steps."""
+        deadline = time.monotonic() + 20
+        while self.cache.linker.pending_offloads:
+            assert time.monotonic() < deadline, "the offload does not end"
+            self.cache.check_hicache_events()
+            time.sleep(0.005)
+
+    def load(self, tokens: Sequence[int]) -> list[torch.Tensor] | None:
+        """Load a sequence as a new request would; what the device holds then, None if it is to be computed."""
+        request = self._bench._load_back_through_admission(self.cache, self._requests, list(tokens))
+        slots = self.cache.linker.private_load_indices.get(request.rid)
+        self.cache.ready_to_load_host_cache()
+        assert self.cache.linker.finish_loads() == [], "a request is aborted"
+        if slots is None:
+            return None
+        return self._held(slots, request.kv.mamba_pool_idx.unsqueeze(0) if self._bench.cfg.has_mamba else None)
+
+    def _held(self, slots: torch.Tensor, state: torch.Tensor | None) -> list[torch.Tensor]:
+        pool = self._allocator.get_kvcache()
+        held = [buffer[slots].clone() for buffer in _pool_buffers(getattr(pool, "full_kv_pool", pool))]
+        if self._bench.cfg.has_swa:
+            inside = pool.translate_loc_from_full_to_swa(slots[-self._bench.cfg.sliding_window_size :])
+            held += [buffer[inside].clone() for buffer in _pool_buffers(pool.swa_kv_pool)]
+        if state is not None:
+            held += [part[:, state].clone() for part in mamba_states(self._requests)]
+        return held
+
+
+def device_buffers(allocator: Any, requests: Any | None) -> list[torch.Tensor]:
+    """Every buffer of the device pools; ``requests`` where there are states."""
+    pool = allocator.get_kvcache()
+    pools = [getattr(pool, "full_kv_pool", pool), *([pool.swa_kv_pool] if hasattr(pool, "swa_kv_pool") else [])]
+    states = mamba_states(requests) if requests is not None else []
+    return [buffer for p in pools for buffer in _pool_buffers(p)] + states
+
+
+def mamba_states(requests: Any) -> list[torch.Tensor]:
+    """The buffers of states."""
+    cache = requests.mamba_pool.mamba_cache
+    return [*cache.conv, cache.temporal]
 
 
 def _pool_buffers(pool: Any) -> list[torch.Tensor]:

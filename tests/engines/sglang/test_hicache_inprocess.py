@@ -224,7 +224,7 @@ def test_a_chunk_that_vanishes_after_the_look_up(reader: Side, tier: Path) -> No
 
 def test_a_killed_io_process_costs_misses_and_comes_back(reader: Side) -> None:
     free = reader.free_host_tokens()
-    client = reader.backend._client
+    client = reader.backend._stores.client
     os.kill(client._client.child_pid, signal.SIGKILL)
     assert reader.prefetch(sequence(9)) == 0
     check_unharmed(reader, free)
@@ -251,7 +251,7 @@ def _explode(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize("broken", ["store", "load", "leading", "present"])
 def test_a_bug_of_ours_kills_no_thread(broken: str, reader: Side) -> None:
     free = reader.free_host_tokens()
-    for pool in reader.backend._stores.values():
+    for pool in reader.backend._stores.by_pool.values():
         setattr(pool, broken, _explode)
     assert reader.prefetch(sequence(9)) == (0 if broken in ("load", "leading") else pages(9))
     if broken == "store":

@@ -1,0 +1,138 @@
+"""The pages of all pools of one rank behind one I/O service: both of SGLang's doors stand on this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+
+from memkv_engines.config import Config
+from memkv_engines.doors.fingerprint import ParameterSums
+from memkv_engines.doors.io_client import worker_client
+from memkv_engines.log import get_logger
+from memkv_engines.offload.blocking import BlockingClient
+from memkv_engines.offload.messages import Manifest
+from memkv_engines.sglang import identity
+from memkv_engines.sglang.pages import PageStore
+from memkv_engines.sglang.pools import PagedPool
+from memkv_engines.tier.directory import DirectoryTier
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a look-up found, in pages counted from the first one asked for.
+
+    Attributes:
+        by_pool: for each pool with any, the longest prefix it could be used for.
+        usable: every prefix length at which all pools that are needed have what they need.
+    """
+
+    by_pool: dict[str, int]
+    usable: frozenset[int]
+
+
+class PageStores:
+    """Fixes the namespace and starts the I/O service. Calls block; any thread.
+
+    Args:
+        config: ours.
+        storage_config: SGLang's; ranks and the model's name.
+        pools: every pool.
+        sums: this rank's weights, where they are not named.
+        model_config: SGLang's configuration of the model, or None where it is unknown.
+
+    Raises:
+        ConfigError: the tier cannot be used.
+        IdentityError: the weights are unknown.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        storage_config: Any,
+        pools: Sequence[PagedPool],
+        sums: ParameterSums | None,
+        model_config: Any,
+    ) -> None:
+        self._config = config
+        namespace = identity.build_namespace(storage_config, config, pools, sums, model_config)
+        self._folder = namespace.folder
+        self.client = BlockingClient(
+            worker_client(config, [pool.spec() for pool in pools], stores=config.policy.store),
+            store_timeout_s=config.io.load_timeout_ms / 1000,
+        )
+        self.client.start()
+        self.client.manifest(Manifest(namespace.canonical_json))
+        self.by_pool = {pool.name: PageStore(pool, namespace, self.client, config) for pool in pools}
+        for pool in pools:
+            log.info(
+                "pool %s: pages of %d B, %d a chunk (%d at most)",
+                pool.name,
+                pool.block_bytes,
+                pool.blocks_per_chunk,
+                pool.largest_chunk,
+            )
+        log.info("I/O service: %s; namespace %s", self.client.description, namespace.folder)
+
+    def hits(self, keys: Sequence[str], transfers: Sequence[PoolTransfer], prefix: Sequence[str]) -> Hits:
+        """Which prefixes of some pages every pool can serve. The semantics are those of SGLang's ``HiCacheFile``.
+
+        Args:
+            keys: chain hashes of the pages, hexadecimal.
+            transfers: the pools beside that of full attention, with their policies.
+            prefix: hashes of the pages before.
+        """
+        kv = self.by_pool[PoolName.KV.value].leading(keys, prefix)
+        by_pool: dict[str, int] = {PoolName.KV: kv} if kv else {}
+        usable = set(range(1, kv + 1))
+        for transfer in transfers:
+            if not usable:
+                break
+            ends = self._usable_ends(transfer, keys[:kv], prefix)
+            if ends:
+                by_pool[transfer.name] = max(ends)
+            # A second form of the full pages: it may be missing without making them useless.
+            if transfer.hit_policy != PoolHitPolicy.BLOCK_GROUPS:
+                usable &= ends
+        return Hits(by_pool, frozenset(usable))
+
+    def _usable_ends(self, transfer: PoolTransfer, keys: Sequence[str], prefix: Sequence[str]) -> set[int]:
+        """Numbers of leading pages after which this pool could go on."""
+        store = self.by_pool.get(str(transfer.name))
+        if store is None:
+            return set()
+        present = store.present(keys, prefix)
+        if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+            need = max(1, len(transfer.keys or []))
+            return {end for end in range(1, len(keys) + 1) if all(present[max(0, end - need) : end])}
+        leading = present.index(False) if False in present else len(present)
+        if transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS:
+            leading -= leading % max(1, transfer.block_pages)
+        return set(range(1, leading + 1))
+
+    def load(self, pool: str, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
+        """``PageStore.load`` of a pool; None too where we have no such pool or loads are switched off."""
+        store = self.by_pool.get(pool)
+        return store.load(keys, prefix, indices) if store is not None and self._config.policy.load else None
+
+    def store(self, pool: str, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
+        """``PageStore.store`` of a pool; None too where we have no such pool or stores are switched off."""
+        store = self.by_pool.get(pool)
+        return store.store(keys, prefix, indices) if store is not None and self._config.policy.store else None
+
+    def clear(self) -> None:
+        """Remove every chunk of this namespace from the tier. Blocks while it lists the folder."""
+        tier = DirectoryTier(self._config.tier.path, direct_io="off")
+        try:
+            for name in list(tier.names(self._folder)):
+                tier.remove(self._folder, name)
+        finally:
+            tier.close()
+
+    def close(self) -> None:
+        """End the I/O service."""
+        self.client.close()
