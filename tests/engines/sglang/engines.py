@@ -103,6 +103,19 @@ def memkv_extra(tier: Path, **keys: Any) -> dict[str, Any]:
     }
 
 
+def linker(tier: Path, **keys: Any) -> dict[str, Any]:
+    """Returns the engine's arguments for our linker, which needs no hierarchical cache."""
+    return {
+        "enable_unified_cache_external_linker": True,
+        "unified_cache_external_linker_backend": "dynamic",
+        "unified_cache_external_linker_config": {
+            "linker": "MemKVCacheLinker",
+            "linker_module_path": "memkv_engines.sglang.linker",
+            "linker_extra_config": {"path": str(tier), **keys},
+        },
+    }
+
+
 def is_same(answer: Answer, other: Answer) -> bool:
     """Tells whether two answers agree, but for rounding."""
     return answer.tokens == other.tokens and all(

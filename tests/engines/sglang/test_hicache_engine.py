@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.engines.sglang.engines import (
     tokens_of,
     wait_until,
 )
+from tests.engines.sglang.tier_of_engine import chunks_aside, damage, stored_tokens
 
 PROMPT_TOKENS = 600
 PROMPT = tokens_of(5, PROMPT_TOKENS)
@@ -34,34 +34,6 @@ DIVERGING = [*PROMPT[: 20 * PAGE_TOKENS], *tokens_of(6, 200)]
 def memkv(tier: Path, **keys: Any) -> dict[str, Any]:
     """The engine's arguments for our backend. The weights are fingerprinted, as a user's would be."""
     return hicache("dynamic", **memkv_extra(tier, probe_timeout_ms=20_000, **keys))
-
-
-def stored_tokens(tier: Path) -> int:
-    """Tokens of full attention in the tier, by the names of the chunks."""
-    return PAGE_TOKENS * sum(int(p.name.split("-b")[1].split("-")[0]) for p in tier.rglob("*-g0-*.kv"))
-
-
-def damage(tier: Path) -> int:
-    """Flip a bit in the payload of every chunk; how many there were."""
-    paths = list(tier.rglob("*.kv"))
-    for path in paths:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
-        path.write_bytes(data)
-    return len(paths)
-
-
-@contextmanager
-def chunks_aside(tier: Path) -> Iterator[None]:
-    """Nothing is stored meanwhile; what is stored meanwhile is removed in the end."""
-    aside = {path: path.read_bytes() for path in tier.rglob("*.kv")}
-    for path in aside:
-        path.unlink()
-    yield
-    for path in tier.rglob("*.kv"):
-        path.unlink()
-    for path, data in aside.items():
-        path.write_bytes(data)
 
 
 @dataclass(frozen=True)
