@@ -17,7 +17,12 @@ import sys
 import traceback
 from typing import Any
 
+from benchmarks import restore_timers
+
 PR_SET_PDEATHSIG = 1
+
+# SGLang's processes are spawned and import this module first.
+restore_timers.install_if_wanted()
 
 
 def generate(engine: Any, input_ids: list[int], sampling: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,11 @@ def test_the_demo_runs_and_finds_equal_answers(tmp_path: Path) -> None:
     assert record["tokens_equal"] is True
     assert record["external_hit_tokens"] >= 0.9 * record["prompt_tokens"]
     assert record["objects"]["count"] < record["file_backend_objects"] / 4
-    assert record["restore_cost_ratio"]["pairs"] == 2
+    assert record["linker_hit_tokens"] >= 0.9 * record["prompt_tokens"]
+    assert record["pairs_measured"] == 2
+    for side, parts in {"memkv": 2, "file": 2, "linker": 2}.items():
+        assert len(record["restore_cost_parts_s"][side]) == parts
+        assert all(seconds > 0 for seconds in record["restore_cost_parts_s"][side].values())
     assert set(record["meaning"]) <= set(record) | {"objects"}
     assert str(tmp_path) not in json.dumps(record), "no paths of this machine"
     assert (tmp_path / "demo_sglang.png").stat().st_size > 1000

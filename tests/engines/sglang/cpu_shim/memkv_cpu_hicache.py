@@ -53,10 +53,12 @@ def transfer_kv_all_layer_direct_lf_pf(
 ) -> None:
     """Copies every layer's tokens into host buffers `[page, layer, token, ...]`; `src_ptrs` names K's layers first."""
     layers = len(src_ptrs) // len(dst_ptrs)
-    pages = dst_indices[::page_size] // page_size
+    runs = runs_of_pages(dst_indices, src_indices, page_size)
     for number, source in enumerate(src_ptrs):
-        rows = source[src_indices]
-        dst_ptrs[number // layers][pages, number % layers] = rows.reshape(len(pages), page_size, *rows.shape[1:])
+        for page, token, count in runs:
+            rows = source[token : token + count * page_size]
+            target = dst_ptrs[number // layers][page : page + count, number % layers]
+            target.copy_(rows.view(count, page_size, *rows.shape[1:]))
 
 
 def transfer_kv_per_layer_direct_pf_lf(
@@ -68,9 +70,27 @@ def transfer_kv_per_layer_direct_pf_lf(
     page_size: int,
 ) -> None:
     """Copies one layer's tokens out of host buffers `[page, layer, token, ...]`."""
-    pages = src_indices[::page_size] // page_size
+    runs = runs_of_pages(src_indices, dst_indices, page_size)
     for source, target in zip(src_ptrs, dst_ptrs, strict=True):
-        target[dst_indices] = source[pages, layer_id].flatten(0, 1)
+        for page, token, count in runs:
+            rows = target[token : token + count * page_size]
+            rows.view(count, page_size, *rows.shape[1:]).copy_(source[page : page + count, layer_id])
+
+
+def runs_of_pages(host: Tensor, device: Tensor, page_size: int) -> list[tuple[int, int, int]]:
+    """Returns runs of pages that follow each other in both pools: first host page, first device slot, pages.
+
+    The slots of a page follow each other, as SGLang's allocators with pages give them and its kernels rely on.
+    """
+    pages, tokens = (host[::page_size] // page_size).numpy(), device[::page_size].numpy()
+    breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(tokens) != page_size)) + 1
+    starts = [0, *breaks.tolist()]
+    stops = [*breaks.tolist(), len(pages)]
+    return [
+        (int(pages[start]), int(tokens[start]), stop - start)
+        for start, stop in zip(starts, stops, strict=True)
+        if stop > start
+    ]
 
 
 # ----------------------------------------------------------------------------- copies by address (io backend `kernel`)
