@@ -1,7 +1,9 @@
 """The I/O service for callers that wait: one answer per call, from any thread.
 
-SGLang's controller asks, loads and stores from three threads of its own, each of which waits for its answer. One pump
-thread takes answers in and wakes them; a call costs one message, one answer and no polling.
+SGLang's controller asks, loads and stores from three threads of its own, each of which waits for its answer. Whoever
+waits first also takes answers in, for all: a thread of ours that did so would have to get the interpreter lock from the
+engine's busy main thread once more for every answer (up to 5 ms each). A housekeeper looks after the service while
+nobody waits.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Segment, StoreChunk
 
 Answer = LoadResult | StoreResult | ProbeDone
-_PUMP_S = 0.05
+_HOUSEKEEPING_S = 0.05
 
 
 class BlockingClient:
@@ -37,7 +39,8 @@ class BlockingClient:
         self._probing: set[int] = set()
         self._answers: dict[int, Answer] = {}
         self._closed = threading.Event()
-        self._pump = threading.Thread(target=self._run, name="memkv-pump", daemon=True)
+        self._is_read = False
+        self._housekeeper = threading.Thread(target=self._keep, name="memkv-housekeeper", daemon=True)
 
     @property
     def description(self) -> str:
@@ -47,7 +50,7 @@ class BlockingClient:
     def start(self) -> None:
         """Start the service; errors as in ``IoClient.start``. To be called on the process's main thread."""
         self._client.start()
-        self._pump.start()
+        self._housekeeper.start()
 
     def close(self) -> None:
         """Let gathered stores finish, bounded, and end the service. Calls that wait are answered as failed."""
@@ -113,26 +116,37 @@ class BlockingClient:
 
     def _await(self, job: int, deadline: float | None) -> Answer | None:
         while job not in self._answers and not self._closed.is_set():
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = _HOUSEKEEPING_S if deadline is None else min(_HOUSEKEEPING_S, deadline - time.monotonic())
+            if left <= 0:
                 break
-            self._news.wait(left)
+            if self._is_read:
+                self._news.wait(left)
+            else:
+                self._read(left)
         self._wanted.discard(job)
         return self._answers.pop(job, None)
 
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            try:
-                # Outside the lock: callers must be able to submit meanwhile.
-                self._client.wait(_PUMP_S)
-            except (OSError, ValueError):
-                pass  # The service was lost, and its socket closed, while we waited; the poll deals with it.
+    def _read(self, timeout_s: float) -> None:
+        """Take answers in, for everybody. The lock is held, and let go while there is nothing to read."""
+        self._is_read = True
+        self._lock.release()
+        try:
+            self._client.wait(timeout_s)
+        except (OSError, ValueError):
+            pass  # The service was lost, and its socket closed, while we waited; the poll deals with it.
+        finally:
+            self._lock.acquire()
+            self._is_read = False
+            # Those who wait must also learn that somebody else has to read now.
+            self._news.notify_all()
+        if not self._closed.is_set():
+            self._take()
+
+    def _keep(self) -> None:
+        while not self._closed.wait(_HOUSEKEEPING_S):
             with self._news:
-                if self._closed.is_set():
-                    return
-                self._take()
-            if self._client.mode == "down":
-                time.sleep(_PUMP_S)
+                if not self._is_read and not self._closed.is_set():
+                    self._take()
 
     def _take(self) -> None:
         answers: list[Answer] = self._client.poll()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from memkv_engines.config import Config
 from memkv_engines.keys import Namespace
-from memkv_engines.limits import HASH_BYTES
+from memkv_engines.limits import HASH_BYTES, MAX_REMEMBERED_WALKS
 from memkv_engines.log import Throttle, get_logger
 from memkv_engines.offload import batches
 from memkv_engines.offload.blocking import BlockingClient
@@ -17,6 +20,13 @@ from memkv_engines.sglang.chain import ChainMemory
 from memkv_engines.sglang.pools import PagedPool
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    hashes: bytes
+    wanted: int
+    segments: tuple[Segment, ...]
 
 
 class PageStore:
@@ -32,6 +42,9 @@ class PageStore:
     def __init__(self, pool: PagedPool, namespace: Namespace, client: BlockingClient, config: Config) -> None:
         self._pool, self._namespace, self._client = pool, namespace.digest, client
         self._chain = ChainMemory()
+        # What a look-up found, until the load that follows it: from the first page asked for to the walk.
+        self._walks: OrderedDict[bytes, _Walk] = OrderedDict()
+        self._walks_lock = threading.Lock()
         # One for each of the controller's threads: a throttle is not thread-safe.
         self._load_lines, self._store_lines = Throttle(), Throttle()
         self._probe_timeout_s = config.lookup.probe_timeout_ms / 1000
@@ -47,12 +60,20 @@ class PageStore:
             keys: chain hashes of the pages, hexadecimal.
             prefix: those of the pages before.
         """
-        present = self._present(keys, prefix, survey=False)
+        hashes, wanted = self._hashes(keys, prefix)
+        segments = self._walk(hashes, wanted, survey=False)
+        if segments:
+            with self._walks_lock:
+                self._walks[hashes[wanted]] = _Walk(b"".join(hashes), wanted, segments)
+                while len(self._walks) > MAX_REMEMBERED_WALKS:
+                    self._walks.popitem(last=False)
+        present = batches.covered(segments, wanted, len(hashes))
         return present.index(False) if False in present else len(present)
 
     def present(self, keys: Sequence[str], prefix: Sequence[str]) -> list[bool]:
         """Which pages are stored."""
-        return self._present(keys, prefix, survey=True)
+        hashes, wanted = self._hashes(keys, prefix)
+        return batches.covered(self._walk(hashes, wanted, survey=True), wanted, len(hashes))
 
     def load(self, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
         """Load pages into the pool.
@@ -70,7 +91,7 @@ class PageStore:
             self._report(self._load_lines, "slots", "slots that are not %d whole pages: not loaded", len(keys))
             return None
         hashes, wanted = self._hashes(keys, prefix)
-        segments = self._walk(hashes, wanted, survey=False)
+        segments = self._remembered(hashes, wanted) or self._walk(hashes, wanted, survey=False)
         runs = batches.load_runs(self._namespace, self._pool.group, hashes, wanted, segments, pages)
         good = [False] * len(keys)
         if runs:
@@ -119,9 +140,15 @@ class PageStore:
         if held is not None:
             log.warning("pool %s: " + text + " (%d more such lines held back)", self._pool.name, *values, held)
 
-    def _present(self, keys: Sequence[str], prefix: Sequence[str], *, survey: bool) -> list[bool]:
-        hashes, wanted = self._hashes(keys, prefix)
-        return batches.covered(self._walk(hashes, wanted, survey=survey), wanted, len(hashes))
+    def _remembered(self, hashes: Sequence[bytes], wanted: int) -> tuple[Segment, ...]:
+        """The walk of the look-up just before, once: what changed since then shows as a load that fails."""
+        if not hashes:
+            return ()
+        with self._walks_lock:
+            walk = self._walks.pop(hashes[wanted], None)
+        if walk is None or walk.wanted != wanted or not walk.hashes.startswith(b"".join(hashes)):
+            return ()
+        return walk.segments
 
     def _hashes(self, keys: Sequence[str], prefix: Sequence[str]) -> tuple[list[bytes], int]:
         """Hashes from as far back as a chunk could begin that covers the first key, and the index of that key."""
