@@ -1,6 +1,9 @@
-"""``memkv-engines``: look at a configuration and at a tier.
+"""``memkv-engines``: look at the machine, at a configuration and at a tier.
 
-Exit codes: 0 all is well, 1 the tier holds damaged chunks, 2 the call or the configuration is wrong.
+Exit codes: 0 all is well, 1 the doctor found a problem or the tier holds damaged chunks, 2 the call or the
+configuration is wrong.
+
+What a command needs is imported when it runs: the doctor must print where dependencies are missing.
 """
 
 from __future__ import annotations
@@ -10,8 +13,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-from memkv_engines.cli.tier import stat_tier, verify_tier
-from memkv_engines.config import load_config
 from memkv_engines.errors import MemKVError
 
 
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="memkv-engines", description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="what is here, which paths work, why others do not, what to do next")
+    doctor.add_argument("path", nargs="?", default="", help="directory of the tier; measured with scratch files")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
     config = commands.add_parser("config", help="show every configuration key, its value and where it came from")
     config.add_argument("pairs", nargs="*", metavar="KEY=VALUE", help="as in the engine's extra config")
     config.add_argument("--json", action="store_true")
@@ -45,7 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from memkv_engines.cli import doctor
+
+    return doctor.run(arguments.path, as_json=arguments.json)
+
+
 def _show_config(arguments: argparse.Namespace) -> int:
+    from memkv_engines.config import load_config
+
     config = load_config(dict(pair.partition("=")[::2] for pair in arguments.pairs))
     if arguments.json:
         body = dict(line.partition("=")[::2] for line in config.describe().splitlines())
@@ -56,6 +69,8 @@ def _show_config(arguments: argparse.Namespace) -> int:
 
 
 def _tier_stat(arguments: argparse.Namespace) -> int:
+    from memkv_engines.cli.tier import stat_tier
+
     namespaces = stat_tier(arguments.path)
     if arguments.json:
         print(json.dumps(namespaces, indent=2))
@@ -68,6 +83,8 @@ def _tier_stat(arguments: argparse.Namespace) -> int:
 
 
 def _tier_verify(arguments: argparse.Namespace) -> int:
+    from memkv_engines.cli.tier import verify_tier
+
     report = verify_tier(arguments.path, progress=not arguments.json)
     if arguments.json:
         print(json.dumps(report, indent=2))

@@ -1,0 +1,133 @@
+"""GPU, driver, GPUDirect Storage and NIXL: what is here, and why a path is not taken."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from memkv_engines.cli.doctor.engines import version_of
+from memkv_engines.cli.doctor.finding import COMMAND_TIMEOUT_S, NOTE, OK, Finding, Host
+
+AREA = "gpu"
+NOT_YET = "this version of memkv-engines moves KV caches in host memory only"
+NIXL_MIN = (1, 5, 0)
+
+
+def check(host: Host) -> Iterator[Finding]:
+    """GPU and what reads storage into it."""
+    gpus = _gpus(host)
+    yield from gpus
+    yield _driver_library()
+    yield from _gds(host, has_gpu=bool(gpus) and gpus[0].verdict == OK)
+    yield from _nixl(host)
+    yield from _topology(host)
+
+
+def _gpus(host: Host) -> list[Finding]:
+    query = "--query-gpu=name,driver_version,memory.total,pci.bus_id"
+    lines = host.output("nvidia-smi", query, "--format=csv,noheader").splitlines()
+    if not lines:
+        kernel = host.text("proc/driver/nvidia/version")
+        why = "the driver is loaded, but nvidia-smi does not answer" if kernel else "no NVIDIA driver is loaded"
+        return [Finding(AREA, "gpu", NOTE, "none", f"{why}: KV caches in CPU memory work")]
+    return [Finding(AREA, f"gpu {number}", OK, line, NOT_YET) for number, line in enumerate(lines)]
+
+
+def _driver_library() -> Finding:
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.c_int()
+        cuda.cuDriverGetVersion(ctypes.byref(version))
+    except OSError as error:
+        return Finding(AREA, "libcuda", NOTE, "cannot be loaded", str(error))
+    return Finding(AREA, "libcuda", OK, f"CUDA {version.value // 1000}.{version.value % 1000 // 10}")
+
+
+def _gds(host: Host, *, has_gpu: bool) -> Iterator[Finding]:
+    module = host.text("sys/module/nvidia_fs/version") or ("loaded" if host.text("proc/driver/nvidia-fs/stats") else "")
+    kvikio = version_of("kvikio-cu12") or version_of("kvikio-cu13")
+    cufile = bool(version_of("nvidia-cufile") or version_of("nvidia-cufile-cu12")) or _loads("libcufile.so.0")
+    config = _cufile_config(host)
+    missing = [
+        text
+        for text, is_there in (
+            ("a GPU", has_gpu),
+            ("the kernel module nvidia_fs", bool(module)),
+            ("libcufile", cufile),
+            ("the package kvikio", bool(kvikio)),
+        )
+        if not is_there
+    ]
+    lacks = f"; here it would lack {', '.join(missing)}" if missing else ""
+    yield Finding(AREA, "GPUDirect Storage", NOTE, "off", NOT_YET + lacks)
+    if config:
+        yield Finding(AREA, "cufile.json", OK, config)
+
+
+def _cufile_config(host: Host) -> str:
+    path = host.environ.get("CUFILE_ENV_PATH_JSON", "etc/cufile.json").lstrip("/")
+    # The file may hold comments, which the json module refuses.
+    found = re.search(r'"allow_compat_mode"\s*:\s*(true|false)', host.text(path))
+    return f"allow_compat_mode {found.group(1)}" if found else ""
+
+
+def _nixl(host: Host) -> Iterator[Finding]:
+    version = version_of("nixl-cu12") or version_of("nixl-cu13")
+    if not version:
+        yield Finding(AREA, "NIXL", NOTE, "not installed", NOT_YET)
+        return
+    new_enough = tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= NIXL_MIN
+    why = NOT_YET if new_enough else f"{NOT_YET}; 1.5.0 is the first that reports short reads"
+    yield Finding(AREA, "NIXL", NOTE, version, why)
+    for plugin in _nixl_plugins(host):
+        reason = _why_not_loaded(plugin)
+        yield Finding(AREA, plugin.stem.removeprefix("libplugin_"), NOTE if reason else OK, reason or "loads")
+
+
+def _nixl_plugins(host: Host) -> list[Path]:
+    folder = host.environ.get("NIXL_PLUGIN_DIR")
+    if folder:
+        return sorted(Path(folder).glob("libplugin_*.so"))
+    spec = importlib.util.find_spec("nixl_cu12") or importlib.util.find_spec("nixl_cu13")
+    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    return sorted(plugin for place in places for plugin in place.parent.glob("*nixl*.libs/**/libplugin_*.so"))
+
+
+def _why_not_loaded(library: Path) -> str:
+    """What the loader says against a library, asked in another process: a plugin may do anything when it is loaded."""
+    program = "import ctypes, sys\ntry: ctypes.CDLL(sys.argv[1])\nexcept OSError as error: print(error)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(library)], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return "loading it does not end"
+    return done.stdout.strip() or ("loading it kills the process" if done.returncode else "")
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _topology(host: Host) -> Iterator[Finding]:
+    matrix = host.output("nvidia-smi", "topo", "-m")
+    if not matrix:
+        return
+    worst = next((word for word in ("SYS", "NODE", "PHB", "PXB", "PIX") if re.search(rf"\b{word}\b", matrix)), "")
+    verdicts = {
+        "SYS": "some pairs cross the sockets: staging in host memory is likely faster between those",
+        "NODE": "some pairs cross PCIe host bridges of one socket",
+        "PHB": "some pairs go through the CPU's host bridge",
+        "PXB": "every pair is behind PCIe switches",
+        "PIX": "every pair is behind one PCIe switch",
+    }
+    yield Finding(AREA, "PCIe distance", OK if worst in ("PXB", "PIX", "") else NOTE, worst, verdicts.get(worst, ""))
