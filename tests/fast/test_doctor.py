@@ -147,7 +147,7 @@ def gpu_host(tmp_path: Path) -> Host:
     smi.write_text(
         "#!/bin/sh\n"
         'case "$1" in\n'
-        "--query-gpu*) echo 'NVIDIA H100, 580.65, 81559 MiB, 1B:00.0'; echo 'NVIDIA H100, 580.65, 81559 MiB, 2B:00.0';;\n"
+        "--query-gpu*) echo 'NVIDIA H100, 580.65, 80 GiB, 1B:00.0'; echo 'NVIDIA H100, 580.65, 80 GiB, 2B:00.0';;\n"
         "topo) printf '\\tGPU0\\tNIC0\\nGPU0\\t X \\tSYS\\n';;\n"
         "esac\n"
     )
