@@ -9,7 +9,7 @@ SGLANG := .venvs/sglang/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test lint format bench-tier bench-vllm env-dev env-vllm env-sglang clean
+.PHONY: help demo demo-sglang test lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ bench-tier: env-dev ## offline throughput of the tier on this machine's disk (no
 bench-vllm: env-vllm ## time to first token in vLLM: recompute against restore
 	@$(VLLM) tests/environments/models.py smollm2
 	@$(VLLM) -m benchmarks.bench_vllm $(ARGS)
+
+bench-sglang: env-sglang ## conversations in SGLang: no storage, its own file backend, ours (about 12 minutes)
+	@$(SGLANG) -m tests.environments.models smollm2
+	@$(SGLANG) -m benchmarks.bench_sglang $(ARGS)
 
 env-dev:
 	@$(PYTHON) tests/environments/build.py dev
