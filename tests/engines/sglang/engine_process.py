@@ -59,6 +59,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
+        # A forked process that outlives this one would keep it from being seen as ended.
+        os.register_at_fork(after_in_child=answers.close)
         arguments = json.loads(sys.stdin.readline())
         from sglang import Engine
 

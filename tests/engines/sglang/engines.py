@@ -8,7 +8,7 @@
         assert again.from_storage and again.tokens == cold.tokens
 
 Importing SGLang and starting an engine costs far more than answering: start one, ask it often, and start another only
-where a fresh process is the point.
+where a fresh process is the point. Tests start a `ForkedEngine` (`forked_engines.py`), which comes in a few seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, Protocol
 
 from tests.environments.engine_env import ROOT, engine_env, sglang_settings
 from tests.environments.sglang_models import ensure_model
@@ -40,6 +40,9 @@ END_TIMEOUT_S = 30.0
 POLL_S = 0.1
 LOG_TAIL_CHARS = 8000
 SHARED_MEMORY = Path("/dev/shm")
+
+# As it was before a test imports SGLang, which sets variables: an engine's environment does not depend on tests before.
+OWN_ENVIRONMENT = dict(os.environ)
 
 PAGE_TOKENS = 16
 # Far above what rounding does to a log-probability here, and far below what wrong KV does.
@@ -191,6 +194,26 @@ def shared_memory_of(pids: list[int]) -> set[int]:
     return found
 
 
+class Started(Protocol):
+    """An engine's process, which leads a session of its own: the part of `subprocess.Popen` that an `Engine` uses."""
+
+    pid: int
+    stdin: IO[bytes] | None
+    stdout: IO[bytes] | None
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Waits for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: It has not ended in time.
+        """
+
+
+def env_of_engines(**overrides: str) -> dict[str, str]:
+    """Returns the complete environment of an engine's processes."""
+    return engine_env(OWN_ENVIRONMENT, **{**sglang_settings(), "OMP_NUM_THREADS": "1", **overrides})
+
+
 class Engine:
     """A running engine; `shutdown` ends it, as does leaving the `with` block."""
 
@@ -221,18 +244,9 @@ class Engine:
         self._unread = b""
         # SGLang's sockets lie in the temporary folder and stay there; their names must be short.
         self._folder = tempfile.mkdtemp(prefix="memkv-sg-")
-        settings = {**sglang_settings(), "OMP_NUM_THREADS": "1", "TMPDIR": self._folder, **(env or {})}
         started = time.monotonic()
         with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.engines.sglang.engine_process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env=engine_env(**settings),
-                cwd=ROOT,
-                start_new_session=True,
-            )
+            self._process = self._start(env_of_engines(**{"TMPDIR": self._folder, **(env or {})}), output)
         try:
             self._order(self.arguments, timeout_s)
         except BaseException:
@@ -291,6 +305,18 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    def _start(self, env: Mapping[str, str], output: IO[bytes]) -> Started:
+        """Returns a new process in this environment; what it prints goes to `output`."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.engines.sglang.engine_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            env=env,
+            cwd=ROOT,
+            start_new_session=True,
+        )
 
     def _note_shared_memory(self) -> None:
         self._shared_memory |= shared_memory_of(self.pids())

@@ -1,22 +1,27 @@
 """What the other SGLang tests stand on: stock SGLang on a CPU, whose own file storage gives back what it was given.
 
-No code of ours takes part. Each kind of KV that SGLang keeps has a model: see `sglang_models.py`.
+No code of ours takes part. Each kind of KV that SGLang keeps has a model: see `sglang_models.py`. One engine starts as
+a user's would, the others are forked, and both give the same answers.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, is_same, tokens_of, wait_until
+from tests.engines.sglang.forked_engines import ForkedEngine
 
 PROMPT_TOKENS = 600
 PAGES = PROMPT_TOKENS // PAGE_TOKENS
 PROMPT = tokens_of(5, PROMPT_TOKENS)
 # Differs in a single early token.
 CHANGED_PROMPT = [*PROMPT[:40], 4 + (PROMPT[40] + 1) % 256, *PROMPT[41:]]
+PLAIN, FORKED = (Engine, "tiny-sg-llama"), (ForkedEngine, "tiny-sg-llama")
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,28 @@ def damage(folder: Path) -> None:
             path.write_bytes(page)
 
 
-@pytest.fixture(scope="module", params=["tiny-sg-llama", "tiny-sg-deepseek", "tiny-sg-mellum"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[type[Engine], str]], Run]:
+    """Returns what runs one engine and asks it for everything, once for each way to start it and each model."""
+    return functools.cache(lambda kind: run_engine(*kind, tmp_path_factory.mktemp("engine")))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[PLAIN, FORKED, (ForkedEngine, "tiny-sg-deepseek"), (ForkedEngine, "tiny-sg-mellum")],
+    ids=lambda kind: f"{kind[0].__name__}-{kind[1]}",
+)
+def run(request: pytest.FixtureRequest, run_of: Callable[[tuple[type[Engine], str]], Run]) -> Run:
+    """Each of the engines."""
+    return run_of(request.param)
+
+
+def run_engine(start: type[Engine], model: str, work: Path) -> Run:
     """Asks one engine for everything."""
-    folder = tmp_path_factory.mktemp("stored")
-    log = tmp_path_factory.mktemp("log") / "engine.log"
+    folder = work / "stored"
+    folder.mkdir()
     answers = {}
-    with Engine(request.param, log=log, **hicache("file", file_storage_path=str(folder))) as engine:
+    with start(model, log=work / "engine.log", **hicache("file", file_storage_path=str(folder))) as engine:
         answers["cold"] = engine.generate(PROMPT)
         answers["cached"] = engine.generate(PROMPT)
         answers["changed"] = engine.generate(CHANGED_PROMPT)
@@ -82,6 +102,15 @@ def test_a_prompt_restored_from_storage_gets_the_same_answer(run: Run) -> None:
 def test_damaged_pages_show_in_the_answer(run: Run) -> None:
     assert run.answers["damaged"].from_storage >= PROMPT_TOKENS - PAGE_TOKENS
     assert not is_same(run.answers["damaged"], run.answers["cold"])
+
+
+def test_an_engine_that_was_forked_answers_as_one_that_was_started(
+    run_of: Callable[[tuple[type[Engine], str]], Run],
+) -> None:
+    plain, forked = run_of(PLAIN), run_of(FORKED)
+    for name in ("cold", "cached", "changed", "restored"):
+        assert is_same(forked.answers[name], plain.answers[name])
+        assert forked.answers[name].details == plain.answers[name].details
 
 
 def test_nothing_of_an_engine_is_left(run: Run) -> None:

@@ -16,13 +16,13 @@ import pytest
 from tests.engines.sglang.engines import (
     PAGE_TOKENS,
     Answer,
-    Engine,
     hicache,
     is_same,
     memkv_extra,
     tokens_of,
     wait_until,
 )
+from tests.engines.sglang.forked_engines import ForkedEngine
 from tests.engines.sglang.tier_of_engine import chunks_aside, damage, stored_tokens
 
 PROMPT_TOKENS = 600
@@ -51,7 +51,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """Asks two engines for everything."""
     tier, logs = tmp_path_factory.mktemp("tier"), tmp_path_factory.mktemp("logs")
     answers: dict[str, Answer] = {}
-    with Engine(request.param, log=logs / "first.log", **memkv(tier)) as engine:
+    with ForkedEngine(request.param, log=logs / "first.log", **memkv(tier)) as engine:
         answers["cold"] = engine.generate(PROMPT)
         answers["cached"] = engine.generate(PROMPT)
         wait_until(lambda: stored_tokens(tier) >= PROMPT_TOKENS - PAGE_TOKENS, "the prompt's pages are stored")
@@ -62,7 +62,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             answers["diverging, computed"] = engine.generate(DIVERGING)
             engine.flush()
     chunks = len(list(tier.rglob("*-g0-*.kv")))
-    with Engine(request.param, log=logs / "second.log", **memkv(tier)) as engine:
+    with ForkedEngine(request.param, log=logs / "second.log", **memkv(tier)) as engine:
         answers["fresh process"] = engine.generate(PROMPT)
         engine.flush()
         answers["diverging"] = engine.generate(DIVERGING)
@@ -103,10 +103,10 @@ def test_damage_is_recomputed_and_never_shows(run: Run) -> None:
 def test_other_weights_do_not_hit(tmp_path: Path) -> None:
     """The same model file under other weights: only the fingerprint tells them apart."""
     tier = tmp_path / "tier"
-    with Engine("tiny-sg-llama", log=tmp_path / "a.log", **memkv(tier)) as engine:
+    with ForkedEngine("tiny-sg-llama", log=tmp_path / "a.log", **memkv(tier)) as engine:
         engine.generate(PROMPT)
         wait_until(lambda: stored_tokens(tier) >= PROMPT_TOKENS - PAGE_TOKENS, "the prompt's pages are stored")
-    with Engine("tiny-sg-llama", log=tmp_path / "b.log", **memkv(tier), dtype="bfloat16") as engine:
+    with ForkedEngine("tiny-sg-llama", log=tmp_path / "b.log", **memkv(tier), dtype="bfloat16") as engine:
         assert engine.generate(PROMPT).from_storage == 0
     manifests = [json.loads(path.read_text()) for path in tier.glob("*/manifest.json")]
     assert len({m["weights"] for m in manifests}) == 2
@@ -115,7 +115,7 @@ def test_other_weights_do_not_hit(tmp_path: Path) -> None:
 
 def test_an_unknown_key_stops_the_engine_with_a_hint(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
-    with pytest.raises(AssertionError), Engine("tiny-sg-llama", log=log, **memkv(tmp_path, pathh="x")):
+    with pytest.raises(AssertionError), ForkedEngine("tiny-sg-llama", log=log, **memkv(tmp_path, pathh="x")):
         pass
     assert "did you mean 'path'" in log.read_text()
 
@@ -123,7 +123,7 @@ def test_an_unknown_key_stops_the_engine_with_a_hint(tmp_path: Path) -> None:
 def test_a_dead_io_process_costs_hits_only(tmp_path: Path) -> None:
     """The engine answers on, and hits again once the I/O process has come back."""
     tier = tmp_path / "tier"
-    with Engine("tiny-sg-llama", log=tmp_path / "engine.log", **memkv(tier)) as engine:
+    with ForkedEngine("tiny-sg-llama", log=tmp_path / "engine.log", **memkv(tier)) as engine:
         cold = engine.generate(PROMPT)
         wait_until(lambda: stored_tokens(tier) >= PROMPT_TOKENS - PAGE_TOKENS, "the prompt's pages are stored")
         for pid in engine.pids():

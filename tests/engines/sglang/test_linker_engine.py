@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, is_same, linker, tokens_of, wait_until
+from tests.engines.sglang.forked_engines import ForkedEngine
 from tests.engines.sglang.tier_of_engine import chunks_aside, damage, stored_tokens
 
 PROMPT_TOKENS = 600
@@ -37,7 +38,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     tier, logs = tmp_path_factory.mktemp("tier"), tmp_path_factory.mktemp("logs")
     patient = linker(tier, probe_timeout_ms=20_000, miss_ttl_s=0.01)
     answers: dict[str, Answer] = {}
-    with Engine(request.param, log=logs / "first.log", **patient) as engine:
+    with ForkedEngine(request.param, log=logs / "first.log", **patient) as engine:
         answers["cold"] = engine.generate(PROMPT)
         wait_until(lambda: stored_tokens(tier) >= WHOLE, "the prompt's pages are stored")
         engine.flush()
@@ -47,7 +48,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             answers["diverging, computed"] = engine.generate(DIVERGING)
             engine.flush()
     chunks = len(list(tier.rglob("*-g0-*.kv")))
-    with Engine(request.param, log=logs / "second.log", **patient) as engine:
+    with ForkedEngine(request.param, log=logs / "second.log", **patient) as engine:
         answers["fresh process"] = engine.generate(PROMPT)
         engine.flush()
         answers["diverging"] = engine.generate(DIVERGING)

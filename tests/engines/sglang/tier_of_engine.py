@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from memkv_engines.chunk.codec import decode_header
 from tests.engines.sglang.engines import PAGE_TOKENS
 
 
@@ -14,13 +15,19 @@ def stored_tokens(tier: Path) -> int:
     return PAGE_TOKENS * sum(int(p.name.split("-b")[1].split("-")[0]) for p in tier.rglob("*-g0-*.kv"))
 
 
+def damage_file(path: Path) -> None:
+    """Flip a bit in the middle block of a chunk."""
+    data = bytearray(path.read_bytes())
+    geometry = decode_header(data).geometry
+    data[geometry.block_offset(geometry.block_count // 2) + geometry.block_bytes // 2] ^= 4
+    path.write_bytes(data)
+
+
 def damage(tier: Path) -> int:
     """Flip a bit in the payload of every chunk; how many there were."""
     paths = list(tier.rglob("*.kv"))
     for path in paths:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
-        path.write_bytes(data)
+        damage_file(path)
     return len(paths)
 
 
