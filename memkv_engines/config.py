@@ -37,7 +37,13 @@ class TierConfig:
     """Where chunks live."""
 
     path: str = _key("", "directory of the tier (NVMe or a shared mount); required")
-    capacity_bytes: int = _key(0, "stores stop when the chunks reach this size; 0 means no bound")
+    capacity_bytes: int = _key(0, "bound on the bytes of all chunks in the directory; 0 means none")
+    eviction: str = _key(
+        "segmented_lru",
+        "what goes when capacity_bytes is nearly reached: chunks never read first (segmented_lru), the least recently "
+        "used (lru), or nothing, and stores stop (off)",
+        choices=("segmented_lru", "lru", "off"),
+    )
     direct_io: str = _key("auto", "O_DIRECT: auto (probe and time), on, off", choices=("auto", "on", "off"))
 
 

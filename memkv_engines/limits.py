@@ -32,6 +32,13 @@ MAX_OPEN_BUCKETS = 256
 MAX_VARIANTS_EXAMINED = 16
 MAX_BUCKET_ENTRIES_LISTED = 65_536
 TEMPORARY_MAX_AGE_S = 15 * 60
+EVICT_ABOVE_SHARE = 0.95
+"""Share of the capacity from which chunks are evicted, and the share they are evicted down to."""
+EVICT_TO_SHARE = 0.90
+EVICT_PAUSE_S = 1.0
+"""Between two evictions of one process: a listing of the whole directory is not for free."""
+TOUCH_EVERY_S = 60.0
+"""A chunk's time of use is as coarse as this."""
 MAX_MANIFEST_BYTES = 64 * KIB
 
 # --- I/O service ------------------------------------------------------------

@@ -29,6 +29,7 @@ def worker_client(
         io_threads=config.io.io_threads,
         staging_bytes=config.io.staging_bytes,
         groups=tuple(groups),
+        eviction=config.tier.eviction,
     )
     return IoClient(
         setup,

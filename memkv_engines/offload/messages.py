@@ -46,6 +46,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     engine_pid: int = 0
     canary_address: int = 0
     canary: bytes = b""
+    eviction: str = "off"
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):

@@ -12,11 +12,11 @@ import os
 import signal
 import socket
 import sys
-import threading
 
 from memkv_engines.errors import IoServiceError, MemKVError
 from memkv_engines.limits import SHUTDOWN_DRAIN_TIMEOUT_S
 from memkv_engines.offload.channel import ServiceEnd
+from memkv_engines.offload.keeping import Keeper
 from memkv_engines.offload.messages import Ready, Reply, Setup, Stop, decode_request, encode
 from memkv_engines.offload.pages import Pages, ProcessVmPages
 from memkv_engines.offload.service import IoService
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     service = IoService(setup, tier, pages, lambda reply: _send(end, reply))
     service.start()
     if not setup.read_only:
-        threading.Thread(target=_scan, args=(tier,), name="memkv-scan", daemon=True).start()
+        Keeper(tier)
     end.send(encode(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason)))
     return _serve(end, service, messages)
 
@@ -64,6 +64,7 @@ def open_tier(setup: Setup) -> DirectoryTier:
         direct_io=setup.direct_io,
         capacity_bytes=setup.capacity_bytes,
         read_only=setup.read_only,
+        eviction=setup.eviction,
     )
 
 
@@ -93,11 +94,6 @@ def _send(end: ServiceEnd, reply: Reply) -> None:
     # The engine may be gone; the main thread sees end-of-file and ends the process.
     with contextlib.suppress(OSError):
         end.send(encode(reply))
-
-
-def _scan(tier: DirectoryTier) -> None:
-    with contextlib.suppress(MemKVError, OSError):
-        tier.scan()
 
 
 def _leave_engine_cores() -> None:

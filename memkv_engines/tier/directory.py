@@ -27,33 +27,26 @@ from memkv_engines.errors import (
 )
 from memkv_engines.keys import ChunkName, Namespace, bucket_of
 from memkv_engines.limits import (
-    MAX_BUCKET_ENTRIES_LISTED,
+    EVICT_ABOVE_SHARE,
+    EVICT_TO_SHARE,
     MAX_CHUNK_BYTES,
     MAX_OPEN_BUCKETS,
     MAX_VARIANTS_EXAMINED,
     TEMPORARY_MAX_AGE_S,
+    TOUCH_EVERY_S,
 )
 from memkv_engines.tier.base import ChunkReader, PutResult, Tier
+from memkv_engines.tier.eviction import OFF, SEGMENTED_LRU, StoredChunk, choose_victims
+from memkv_engines.tier.folders import DIR_FLAGS, Folder, as_tier_error, dated_names, only_one, unlink_quietly, walk
+from memkv_engines.tier.usage import UsageFile
 from memkv_engines.transports.posix import BUFFERED, DIRECT, ModeReport, PosixTransport, probe_modes
 
 _TEMPORARY = ".tmp-"
-_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK so that a FIFO planted under a chunk's name cannot hang the open; regular files ignore it.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FULL_BACKOFF_S = 5.0
 _GONE = (errno.ENOENT, errno.ESTALE)
 _Result = TypeVar("_Result")
-
-
-class _Folder:
-    """An open folder. It closes with its last user, so the cache can drop it while another thread is at work in it."""
-
-    def __init__(self, name: str, dir_fd: int) -> None:
-        self.fd = os.open(name, _DIR_FLAGS, dir_fd=dir_fd)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
 
 
 class _FileReader(ChunkReader):
@@ -76,24 +69,36 @@ class DirectoryTier(Tier):
     Args:
         root: the directory; made with mode 0700 if it is missing.
         direct_io: ``auto``, ``on`` or ``off``, see ``probe_modes``.
-        capacity_bytes: stores stop when the chunks below ``root`` reach this size, 0 for no bound. The size is counted
-            by a background scan and this process's own writes: processes that share a directory may overshoot by what
-            the others wrote since the scan.
+        capacity_bytes: bound on the bytes of chunks below ``root``, 0 for none; counted by all processes that share the
+            directory and give a bound (``usage``), so that it is kept but for what a first scan has not seen yet.
+            A store beyond it fails; ``evict`` makes room.
         read_only: never write, not even to probe.
+        eviction: which chunks ``evict`` removes: ``segmented_lru``, ``lru``, or none with ``off``.
 
     Raises:
         TierUnavailable: the directory cannot be made, opened or written.
     """
 
     def __init__(
-        self, root: str | Path, *, direct_io: str = "auto", capacity_bytes: int = 0, read_only: bool = False
+        self,
+        root: str | Path,
+        *,
+        direct_io: str = "auto",
+        capacity_bytes: int = 0,
+        read_only: bool = False,
+        eviction: str = SEGMENTED_LRU,
     ) -> None:
         self.root = Path(root)
         self._capacity_bytes = capacity_bytes
         self._read_only = read_only
+        self._eviction = eviction
+        self._usage: UsageFile | None = None
+        self._pressure = threading.Event()
         self._root_fd = self._open_root()
         try:
             self.mode_report = self._choose_mode(direct_io)
+            if capacity_bytes and not read_only:
+                self._usage = UsageFile(self._root_fd)
         except BaseException:
             os.close(self._root_fd)
             raise
@@ -101,7 +106,7 @@ class DirectoryTier(Tier):
         self.name = f"directory({self._transport.name})"
         self.align_bytes = self._transport.align_bytes
         self._lock = threading.Lock()
-        self._buckets: OrderedDict[tuple[str, str], _Folder] = OrderedDict()
+        self._buckets: OrderedDict[tuple[str, str], Folder] = OrderedDict()
         self._written_bytes = 0
         self._scanned_bytes: int | None = None
         self._full_until = 0.0
@@ -129,13 +134,18 @@ class DirectoryTier(Tier):
     def _reserve(self, size_bytes: int) -> None:
         if time.monotonic() < self._full_until:
             raise TierFull("the device was full a moment ago")
-        with self._lock:
-            used = (self._scanned_bytes or 0) + self._written_bytes
-            if self._capacity_bytes and used + size_bytes > self._capacity_bytes:
+        if self._usage is not None:
+            granted, used = self._usage.reserve(size_bytes, self._capacity_bytes)
+            if used > EVICT_ABOVE_SHARE * self._capacity_bytes or not granted:
+                self._pressure.set()
+            if not granted:
                 raise TierFull(f"capacity_bytes={self._capacity_bytes} reached: {used} B used")
+        with self._lock:
             self._written_bytes += size_bytes
 
     def _account(self, size_bytes: int) -> None:
+        if self._usage is not None:
+            self._usage.add(size_bytes)
         with self._lock:
             self._written_bytes += size_bytes
 
@@ -152,7 +162,7 @@ class DirectoryTier(Tier):
         try:
             bucket, fd = self._create(folder, name.bucket, temporary, flags)
         except OSError as error:
-            raise _as_tier_error(error, f"cannot create a chunk in {folder}/{name.bucket}") from error
+            raise as_tier_error(error, f"cannot create a chunk in {folder}/{name.bucket}") from error
         bucket_fd = bucket.fd
         try:
             try:
@@ -161,14 +171,14 @@ class DirectoryTier(Tier):
                 os.close(fd)
             os.rename(temporary, name.text, src_dir_fd=bucket_fd, dst_dir_fd=bucket_fd)
         except OSError as error:
-            _unlink_quietly(temporary, bucket_fd)
-            raise _as_tier_error(error, "cannot publish a chunk") from error
+            unlink_quietly(temporary, bucket_fd)
+            raise as_tier_error(error, "cannot publish a chunk") from error
         except BaseException:
-            _unlink_quietly(temporary, bucket_fd)
+            unlink_quietly(temporary, bucket_fd)
             raise
         return written
 
-    def _create(self, folder: str, bucket: str, name: str, flags: int) -> tuple[_Folder, int]:
+    def _create(self, folder: str, bucket: str, name: str, flags: int) -> tuple[Folder, int]:
         """Create a file in a bucket folder; makes the folder, once more if it vanishes meanwhile."""
         try:
             opened = self._make_bucket(folder, bucket)
@@ -198,7 +208,7 @@ class DirectoryTier(Tier):
             return
         self._make_folder(self._root_fd, namespace.folder)
         try:
-            folder_fd = os.open(namespace.folder, _DIR_FLAGS, dir_fd=self._root_fd)
+            folder_fd = os.open(namespace.folder, DIR_FLAGS, dir_fd=self._root_fd)
         except OSError as error:
             raise TierUnavailable(f"cannot open namespace folder {namespace.folder}: {error.strerror}") from error
         temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
@@ -208,8 +218,8 @@ class DirectoryTier(Tier):
                 file.write(namespace.canonical_json)
             os.rename(temporary, "manifest.json", src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         except OSError as error:
-            _unlink_quietly(temporary, folder_fd)
-            raise _as_tier_error(error, "cannot write the namespace manifest") from error
+            unlink_quietly(temporary, folder_fd)
+            raise as_tier_error(error, "cannot write the namespace manifest") from error
         finally:
             os.close(folder_fd)
 
@@ -233,10 +243,22 @@ class DirectoryTier(Tier):
                 raise ChunkForeign(f"owned by user {info.st_uid}, not by us: {name.text}")
             if info.st_size > MAX_CHUNK_BYTES:
                 raise ChunkForeign(f"{info.st_size} B is larger than any chunk: {name.text}")
+            self._touch(fd, info)
         except BaseException:
             os.close(fd)
             raise
         return _FileReader(self._transport, fd, info.st_size)
+
+    def _touch(self, fd: int, info: os.stat_result) -> None:
+        """Note that a chunk was used, for eviction: mounts with ``noatime`` do not, and direct reads may not either."""
+        if self._usage is None:
+            return
+        now = time.time_ns()
+        if info.st_atime_ns <= info.st_mtime_ns or now - info.st_atime_ns > TOUCH_EVERY_S * 1e9:
+            try:
+                os.utime(fd, ns=(max(now, info.st_mtime_ns + 1), info.st_mtime_ns))
+            except OSError:
+                pass  # Another user's file: it is read, and its use not noted.
 
     def exists(self, folder: str, names: Iterable[ChunkName]) -> list[bool]:
         return [self._exists(folder, name) for name in names]
@@ -252,7 +274,7 @@ class DirectoryTier(Tier):
 
     def variants(self, folder: str, first: bytes, group: int, shard_text: str) -> list[ChunkName]:
         try:
-            found = self._within(folder, bucket_of(first), lambda fd: _dated_names(fd, first.hex()))
+            found = self._within(folder, bucket_of(first), lambda fd: dated_names(fd, first.hex()))
         except OSError:
             return []
         found = [(when, name) for when, name in found if (name.group, name.shard_text) == (group, shard_text)]
@@ -260,7 +282,7 @@ class DirectoryTier(Tier):
         return [name for _, name in found[:MAX_VARIANTS_EXAMINED]]
 
     def names(self, folder: str) -> Iterator[ChunkName]:
-        for place, _, entry in _walk(self._root_fd, folder, depth=1):
+        for place, _, entry in walk(self._root_fd, folder, depth=1):
             try:
                 name = ChunkName.parse(entry.name)
             except ChunkForeign:
@@ -269,6 +291,8 @@ class DirectoryTier(Tier):
                 yield name
 
     def used_bytes(self) -> int | None:
+        if self._usage is not None:
+            return self._usage.count().used_bytes
         if self._scanned_bytes is None:
             return None
         return self._scanned_bytes + self._written_bytes
@@ -279,26 +303,77 @@ class DirectoryTier(Tier):
         Returns:
             Bytes held by chunks below the root.
         """
+        before = self._usage.count() if self._usage is not None else None
         with self._lock:
             written_before = self._written_bytes
         total = 0
-        for _, dir_fd, entry in _walk(self._root_fd, ".", depth=2):
+        for _, dir_fd, entry in walk(self._root_fd, ".", depth=2):
             try:
                 info = entry.stat(follow_symlinks=False)
             except OSError:
                 continue
             if entry.name.startswith(_TEMPORARY):
                 if not self._read_only and time.time() - info.st_mtime > TEMPORARY_MAX_AGE_S:
-                    _unlink_quietly(entry.name, dir_fd)
+                    unlink_quietly(entry.name, dir_fd)
             elif entry.name.endswith(".kv") and stat.S_ISREG(info.st_mode):
                 total += info.st_size
         with self._lock:
             # What was written meanwhile may be counted twice until the next scan, but never not at all.
             self._scanned_bytes = total
             self._written_bytes -= written_before
+        if self._usage is not None and before is not None:
+            self._usage.correct(total, before)
+            if self._usage.count().used_bytes > EVICT_ABOVE_SHARE * self._capacity_bytes:
+                self._pressure.set()
         return total
 
+    # --- eviction ------------------------------------------------------------
+
+    def wait_for_pressure(self, timeout_s: float) -> bool:
+        """Block until a store found the directory nearly full, or the time is up."""
+        pressed = self._pressure.wait(timeout_s)
+        self._pressure.clear()
+        return pressed
+
+    def evict(self) -> int:
+        """Remove the least useful chunks until the directory is no longer nearly full. Slow; for a background thread.
+
+        Of the processes that share the directory one at a time does it. Open readers go on reading.
+
+        Returns:
+            Bytes freed.
+        """
+        if self._usage is None or self._eviction == OFF:
+            return 0
+        with only_one(self._root_fd) as alone:
+            used = self._usage.count().used_bytes
+            if not alone or used <= EVICT_ABOVE_SHARE * self._capacity_bytes:
+                return 0
+            victims = choose_victims(self._listing(), used - int(EVICT_TO_SHARE * self._capacity_bytes), self._eviction)
+            freed = 0
+            for victim in victims:
+                folder, _, text = victim.path.partition("/")
+                if self.remove(folder, ChunkName.parse(text)):
+                    freed += victim.size_bytes
+        return freed
+
+    def _listing(self) -> Iterator[StoredChunk]:
+        """Every chunk of every namespace; foreign files are passed over."""
+        with os.scandir(self._root_fd) as entries:
+            folders = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+        for folder in folders:
+            for place, _, entry in walk(self._root_fd, folder, depth=1):
+                try:
+                    name = ChunkName.parse(entry.name)
+                    info = entry.stat(follow_symlinks=False)
+                except (ChunkForeign, OSError):
+                    continue
+                if name.bucket == place and stat.S_ISREG(info.st_mode):
+                    yield StoredChunk(f"{folder}/{entry.name}", info.st_size, info.st_mtime_ns, info.st_atime_ns)
+
     def close(self) -> None:
+        if self._usage is not None:
+            self._usage.close()
         with self._lock:
             self._buckets.clear()
             if self._root_fd >= 0:
@@ -322,18 +397,18 @@ class DirectoryTier(Tier):
         self._forget(folder, bucket)
         return action(self._bucket(folder, bucket).fd)
 
-    def _is_current(self, folder: str, bucket: str, opened: _Folder) -> bool:
+    def _is_current(self, folder: str, bucket: str, opened: Folder) -> bool:
         try:
             return os.path.samestat(os.stat(f"{folder}/{bucket}", dir_fd=self._root_fd), os.fstat(opened.fd))
         except OSError:
             return False
 
-    def _bucket(self, folder: str, bucket: str) -> _Folder:
+    def _bucket(self, folder: str, bucket: str) -> Folder:
         with self._lock:
             opened = self._buckets.get((folder, bucket))
             if opened is None:
-                namespace = _Folder(folder, self._root_fd)
-                opened = _Folder(bucket, namespace.fd)
+                namespace = Folder(folder, self._root_fd)
+                opened = Folder(bucket, namespace.fd)
                 self._buckets[(folder, bucket)] = opened
                 if len(self._buckets) > MAX_OPEN_BUCKETS:
                     self._buckets.popitem(last=False)
@@ -341,12 +416,12 @@ class DirectoryTier(Tier):
                 self._buckets.move_to_end((folder, bucket))
             return opened
 
-    def _make_bucket(self, folder: str, bucket: str) -> _Folder:
+    def _make_bucket(self, folder: str, bucket: str) -> Folder:
         try:
             return self._bucket(folder, bucket)
         except FileNotFoundError:
             self._make_folder(self._root_fd, folder)
-            namespace = _Folder(folder, self._root_fd)
+            namespace = Folder(folder, self._root_fd)
             self._make_folder(namespace.fd, bucket)
             return self._bucket(folder, bucket)
 
@@ -361,7 +436,7 @@ class DirectoryTier(Tier):
         except FileExistsError:
             pass
         except OSError as error:
-            raise _as_tier_error(error, f"cannot make folder {name}") from error
+            raise as_tier_error(error, f"cannot make folder {name}") from error
 
     def _open_root(self) -> int:
         try:
@@ -387,64 +462,3 @@ class DirectoryTier(Tier):
         mode = BUFFERED if direct_io == "off" else DIRECT
         why = "read-only tier" if self._read_only else "the device is full"
         return ModeReport(mode, f"{mode} assumed without a probe: {why}", {}, {})
-
-
-def _walk(parent_fd: int, name: str, depth: int) -> Iterator[tuple[str, int, os.DirEntry[str]]]:
-    """Everything but folders below a folder: (name and descriptor of the folder it is in, entry)."""
-    try:
-        fd = os.open(name, _DIR_FLAGS, dir_fd=parent_fd)
-    except OSError:
-        return
-    try:
-        folders = []
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    yield name, fd, entry
-                elif not entry.name.startswith("."):
-                    folders.append(entry.name)
-        for folder in folders if depth else ():
-            yield from _walk(fd, folder, depth - 1)
-    finally:
-        os.close(fd)
-
-
-def _dated_names(bucket_fd: int, prefix: str) -> list[tuple[int, ChunkName]]:
-    """The chunks of a bucket whose names begin with a prefix, each with its time of modification.
-
-    Raises:
-        FileNotFoundError: the folder is empty, or was removed, which looks the same.
-    """
-    # A listing moves the descriptor's own position, which threads would share: list through one that is ours alone.
-    fd = os.open(".", _DIR_FLAGS, dir_fd=bucket_fd)
-    try:
-        entries = os.listdir(fd)
-    finally:
-        os.close(fd)
-    if not entries:
-        raise FileNotFoundError(errno.ENOENT, "empty folder")
-    found = []
-    for text in entries[:MAX_BUCKET_ENTRIES_LISTED]:
-        if not text.startswith(prefix):
-            continue
-        try:
-            name = ChunkName.parse(text)
-            info = os.stat(text, dir_fd=bucket_fd, follow_symlinks=False)
-        except (ChunkForeign, OSError):
-            continue
-        if stat.S_ISREG(info.st_mode):
-            found.append((info.st_mtime_ns, name))
-    return found
-
-
-def _unlink_quietly(name: str, dir_fd: int) -> None:
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-    except OSError:
-        pass
-
-
-def _as_tier_error(error: OSError, what: str) -> TierFull | TierUnavailable:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TierFull(f"{what}: {error.strerror}")
-    return TierUnavailable(f"{what}: {error.strerror}")

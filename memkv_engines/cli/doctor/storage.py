@@ -82,7 +82,7 @@ def _room(folder: Path) -> Finding:
     value = f"{free / 2**30:.1f} GiB of {stat.f_blocks * stat.f_frsize / 2**30:.1f} GiB free"
     if free < LOW_FREE_BYTES:
         return Finding(
-            AREA, "room", NOTE, value, "stores stop when it is full", "set capacity_bytes below what is free"
+            AREA, "room", NOTE, value, "stores stop when it is full", "set capacity_bytes to less than what is free"
         )
     return Finding(AREA, "room", OK, value)
 
