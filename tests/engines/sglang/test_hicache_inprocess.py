@@ -289,6 +289,15 @@ def test_sglangs_own_failure_injection(bench: Bench, tier: Path, monkeypatch: py
     assert all(thread.is_alive() for thread in side.threads)
 
 
+def test_block_groups_hit_by_whole_groups_and_the_rest_goes_without_them(reader: Side, tier: Path) -> None:
+    (path,) = tier.rglob("*.kv")
+    keys = [block.chain_hash.hex() for block in decode_header(path.read_bytes()).blocks]
+    groups = PoolTransfer(PoolName.KV, keys=keys, hit_policy=PoolHitPolicy.BLOCK_GROUPS, block_pages=4)
+    found = reader.backend._stores.hits(keys, [groups], ())
+    assert found.by_pool[PoolName.KV] == 8
+    assert found.usable == set(range(1, 10))
+
+
 def test_clear_empties_the_namespace_only(bench: Bench, tier: Path) -> None:
     side = bench.side(memkv_config(tier), 1)
     side.store(sequence(9))
