@@ -395,7 +395,9 @@ class DirectoryTier(Tier):
             if error.errno not in _GONE or self._is_current(folder, bucket, opened):
                 raise
         self._forget(folder, bucket)
-        return action(self._bucket(folder, bucket).fd)
+        # Held in a name: it closes with its last user, and the cache may drop it before the action is done.
+        current = self._bucket(folder, bucket)
+        return action(current.fd)
 
     def _is_current(self, folder: str, bucket: str, opened: Folder) -> bool:
         try:
