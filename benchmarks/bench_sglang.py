@@ -30,6 +30,7 @@ from benchmarks.sglang_conversations import BASELINES, NONE, SIDES, Side
 from benchmarks.vllm_conversations import ConversationPlan
 from tests.engines.sglang.engines import PAGE_TOKENS as TINY_PAGE_TOKENS
 from tests.engines.sglang.engines import TOLERANCE, Engine
+from tests.engines.sglang.forked_engines import ForkedEngine
 from tests.environments.engine_env import ROOT
 from tests.environments.sglang_models import ensure_model
 
@@ -94,9 +95,11 @@ def start(name: str, plan: Plan, folder: Path) -> Side:
     if backend:
         backend.folder.mkdir()
     arguments = {**(backend.arguments() if backend else {}), **plan.arguments}
+    log = LOGS / f"bench-sglang-{name}.log"
+    if plan is TINY:
+        return Side(ForkedEngine(plan.model, log=log, **arguments), backend)
     # Tests give an engine one thread; here recomputing gets every core.
     env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    log = LOGS / f"bench-sglang-{name}.log"
     return Side(Engine(plan.model, log=log, env=env, timeout_s=START_TIMEOUT_S, **arguments), backend)
 
 
@@ -110,7 +113,8 @@ def end(started: Future[Side]) -> None:
 def all_sides(plan: Plan, folder: Path) -> Iterator[dict[str, Side]]:
     """Starts all engines at once and ends them afterwards; yields the sides by `SIDES`."""
     # An engine ends with the thread that started it, so the threads stay until all engines have ended.
-    with ThreadPoolExecutor(len(SIDES)) as pool, ExitStack() as stack:
+    # Forked engines start in a second, and are asked for one after the other.
+    with ThreadPoolExecutor(1 if plan is TINY else len(SIDES)) as pool, ExitStack() as stack:
         starting = {name: pool.submit(start, name, plan, folder) for name in SIDES}
         for future in starting.values():
             stack.callback(end, future)

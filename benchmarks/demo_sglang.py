@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from benchmarks import harness, restore_timers
 from benchmarks.demo_workload import build_workload
 from benchmarks.tier_files import RawReader, contents_of
 from tests.engines.sglang.engines import Answer, Engine, hicache, linker, memkv_extra, tokens_of, wait_until
+from tests.engines.sglang.forked_engines import ForkedEngine
 from tests.environments.engine_env import ROOT
 from tests.environments.sglang_models import ensure_model
 
@@ -165,9 +167,12 @@ def settled(side: Side) -> None:
 def start(side: Side, plan: Plan, logs: Path) -> Engine:
     """A fresh engine with this side's backend."""
     arguments = {"page_size": PAGE_TOKENS, **plan.arguments} if plan is not TINY else dict(plan.arguments)
+    env, log = {restore_timers.VARIABLE: str(side.timers)}, logs / f"demo-sglang-{side.name}.log"
+    if plan is TINY:
+        return ForkedEngine(plan.model, log=log, env=env, **side.arguments(), **arguments)
     # Tests give an engine one thread; here recomputing gets every core.
-    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), restore_timers.VARIABLE: str(side.timers)}
-    return Engine(plan.model, log=logs / f"demo-sglang-{side.name}.log", env=env, **side.arguments(), **arguments)
+    env["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+    return Engine(plan.model, log=log, env=env, **side.arguments(), **arguments)
 
 
 def first_visits(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> None:
@@ -188,9 +193,9 @@ def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]]
     ours = contents_of(next(side.folder for side in sides if side.name == MEMKV))
     reader = RawReader([ours])
     say("fresh processes")
-    engines = [(side, start(side, plan, logs)) for side in sides]
     raw = []
-    try:
+    with ExitStack() as stack:
+        engines = [(side, stack.enter_context(start(side, plan, logs))) for side in sides]
         for _, engine in engines:
             ask(engine, tokens_of(2, 200))
         for round_ in range(plan.rounds):
@@ -205,9 +210,6 @@ def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]]
                 raw.append(reader.read_s(ours) / len(prompts))
                 text = ", ".join(f"{s.name} {s.restored[-1][0]:.2f} s (cost {s.costs()[-1]:.3f} s)" for s in sides)
                 say(f"    round {round_ + 1}, prompt {number + 1}: {text}, raw read {raw[-1]:.3f} s")
-    finally:
-        for _, engine in engines:
-            engine.shutdown()
     return raw
 
 

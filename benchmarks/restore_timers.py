@@ -23,10 +23,14 @@ from typing import Any
 VARIABLE = "MEMKV_RESTORE_TIMERS"
 
 
+_installed: list[Path] = []
+
+
 def install_if_wanted() -> None:
-    """Install the timers in this process if the variable names a file."""
+    """Install the timers in this process, once, if the variable names a file."""
     path = os.environ.get(VARIABLE)
-    if path:
+    if path and not _installed:
+        _installed.append(Path(path))
         _install(Path(path))
 
 

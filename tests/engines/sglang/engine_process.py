@@ -57,6 +57,8 @@ def answered(order: Any, *arguments: Any, **more: Any) -> dict[str, Any]:
 def main() -> None:
     """Starts the engine and answers until standard input ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A forked process gets its variables after this module was imported; what it forks inherits the timers.
+    restore_timers.install_if_wanted()
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
         # A forked process that outlives this one would keep it from being seen as ended.

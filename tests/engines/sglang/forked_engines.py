@@ -23,7 +23,7 @@ from tests.environments.engine_env import ROOT
 
 LOG = ROOT / "build" / "logs" / "sglang-preloader.log"
 # Read after the import; an engine with any other variable of its own starts in the plain way.
-READ_LATE = ("TMPDIR", "SGLANG_CPU_OMP_THREADS_BIND")
+READ_LATE = ("TMPDIR", "SGLANG_CPU_OMP_THREADS_BIND", "MEMKV_RESTORE_TIMERS")
 
 
 class Refused(Exception):
