@@ -112,9 +112,16 @@ def end(started: Future[Side]) -> None:
 @contextmanager
 def all_sides(plan: Plan, folder: Path) -> Iterator[dict[str, Side]]:
     """Starts all engines at once and ends them afterwards; yields the sides by `SIDES`."""
-    # An engine ends with the thread that started it, so the threads stay until all engines have ended.
-    # Forked engines start in a second, and are asked for one after the other.
-    with ThreadPoolExecutor(1 if plan is TINY else len(SIDES)) as pool, ExitStack() as stack:
+    # An engine ends with the thread that started it, so the threads stay until all engines have ended. Forked ones start
+    # in a second, from a process that ends with the thread that first asked for it: this one.
+    with ThreadPoolExecutor(len(SIDES)) as pool, ExitStack() as stack:
+        if plan is TINY:
+            sides = {}
+            for name in SIDES:
+                sides[name] = start(name, plan, folder)
+                stack.callback(sides[name].engine.shutdown)
+            yield sides
+            return
         starting = {name: pool.submit(start, name, plan, folder) for name in SIDES}
         for future in starting.values():
             stack.callback(end, future)

@@ -134,7 +134,7 @@ def late_of(env: Mapping[str, str]) -> dict[str, str]:
 
 @functools.cache
 def preloader() -> Preloader:
-    """Returns this process's only preloader."""
+    """Returns this process's only preloader, which ends with the thread that asks first: ask on the main thread."""
     made = Preloader(env_of_engines())
     atexit.register(made.end)
     return made
