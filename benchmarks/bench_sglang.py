@@ -112,8 +112,8 @@ def end(started: Future[Side]) -> None:
 @contextmanager
 def all_sides(plan: Plan, folder: Path) -> Iterator[dict[str, Side]]:
     """Starts all engines at once and ends them afterwards; yields the sides by `SIDES`."""
-    # An engine ends with the thread that started it, so the threads stay until all engines have ended. Forked ones start
-    # in a second, from a process that ends with the thread that first asked for it: this one.
+    # An engine ends with the thread that started it, so the threads stay until all engines have ended. Forked ones
+    # start in a second, from a process that ends with the thread that first asked for it: this one.
     with ThreadPoolExecutor(len(SIDES)) as pool, ExitStack() as stack:
         if plan is TINY:
             sides = {}
