@@ -1,4 +1,7 @@
-"""A thread that looks after a directory tier: counts what it holds, once, and makes room whenever it is nearly full."""
+"""A thread that looks after a directory tier: counts what it holds, once, and makes room whenever it is nearly full.
+
+Where nothing may be evicted it ends after the count.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,15 @@ class Keeper:
     def stop(self) -> None:
         """Do nothing more; what is under way is not waited for."""
         self._stopped.set()
+        self._tier.wake()
 
     def _run(self) -> None:
         with contextlib.suppress(MemKVError, OSError):
             self._tier.scan()
-        while not self._stopped.is_set():
-            if self._tier.wait_for_pressure(EVICT_PAUSE_S) and not self._stopped.is_set():
-                self._evict()
-                # Another process may be at it, or nothing be left to remove: no listing without a pause.
-                self._stopped.wait(EVICT_PAUSE_S)
+        while self._tier.evicts and self._tier.wait_for_pressure() and not self._stopped.is_set():
+            self._evict()
+            # Another process may be at it, or nothing be left to remove: no listing without a pause.
+            self._stopped.wait(EVICT_PAUSE_S)
 
     def _evict(self) -> None:
         try:

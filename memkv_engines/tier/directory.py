@@ -282,13 +282,18 @@ class DirectoryTier(Tier):
         return [name for _, name in found[:MAX_VARIANTS_EXAMINED]]
 
     def names(self, folder: str) -> Iterator[ChunkName]:
+        return (name for name, info in self._chunks(folder))
+
+    def _chunks(self, folder: str) -> Iterator[tuple[ChunkName, os.stat_result]]:
+        """Every chunk of a namespace with its inode; foreign files are passed over."""
         for place, _, entry in walk(self._root_fd, folder, depth=1):
             try:
                 name = ChunkName.parse(entry.name)
-            except ChunkForeign:
+                info = entry.stat(follow_symlinks=False)
+            except (ChunkForeign, OSError):
                 continue
-            if name.bucket == place and entry.is_file(follow_symlinks=False):
-                yield name
+            if name.bucket == place and stat.S_ISREG(info.st_mode):
+                yield name, info
 
     def used_bytes(self) -> int | None:
         if self._usage is not None:
@@ -329,11 +334,20 @@ class DirectoryTier(Tier):
 
     # --- eviction ------------------------------------------------------------
 
-    def wait_for_pressure(self, timeout_s: float) -> bool:
-        """Block until a store found the directory nearly full, or the time is up."""
+    @property
+    def evicts(self) -> bool:
+        """Whether ``evict`` may ever remove anything."""
+        return self._usage is not None and self._eviction != OFF
+
+    def wait_for_pressure(self, timeout_s: float | None = None) -> bool:
+        """Block until a store found the directory nearly full, or the time is up; whether one did."""
         pressed = self._pressure.wait(timeout_s)
         self._pressure.clear()
         return pressed
+
+    def wake(self) -> None:
+        """Let ``wait_for_pressure`` return at once."""
+        self._pressure.set()
 
     def evict(self) -> int:
         """Remove the least useful chunks until the directory is no longer nearly full. Slow; for a background thread.
@@ -343,7 +357,7 @@ class DirectoryTier(Tier):
         Returns:
             Bytes freed.
         """
-        if self._usage is None or self._eviction == OFF:
+        if self._usage is None or not self.evicts:
             return 0
         with only_one(self._root_fd) as alone:
             used = self._usage.count().used_bytes
@@ -362,14 +376,8 @@ class DirectoryTier(Tier):
         with os.scandir(self._root_fd) as entries:
             folders = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
         for folder in folders:
-            for place, _, entry in walk(self._root_fd, folder, depth=1):
-                try:
-                    name = ChunkName.parse(entry.name)
-                    info = entry.stat(follow_symlinks=False)
-                except (ChunkForeign, OSError):
-                    continue
-                if name.bucket == place and stat.S_ISREG(info.st_mode):
-                    yield StoredChunk(f"{folder}/{entry.name}", info.st_size, info.st_mtime_ns, info.st_atime_ns)
+            for name, info in self._chunks(folder):
+                yield StoredChunk(f"{folder}/{name.text}", info.st_size, info.st_mtime_ns, info.st_atime_ns)
 
     def close(self) -> None:
         if self._usage is not None:
