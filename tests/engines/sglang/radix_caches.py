@@ -167,9 +167,7 @@ class Side:
         self.cache, self._allocator, self._requests = bench.build()
         bench.attach(self.cache, extra)
         self._requests_made = 0
-        noise = torch.Generator().manual_seed(seed)
-        for buffer in device_buffers(self._allocator, self._requests if bench.cfg.has_mamba else None):
-            buffer.copy_(torch.randn(buffer.shape, generator=noise).to(buffer.dtype))
+        self._device = DeviceMemory(bench, self._allocator, self._requests, seed)
 
     @property
     def backend(self) -> Any:
@@ -230,18 +228,7 @@ class Side:
 
     def held(self, tokens: Sequence[int]) -> list[torch.Tensor]:
         """Every byte of every layer that the device pool holds of a sequence."""
-        node = fixtures.match_prefix(self.cache, list(tokens)).last_device_node
-        slots = self.cache.path_device_indices(node)
-        assert len(slots) == len(tokens)
-        pool = self._allocator.get_kvcache()
-        held = [buffer[slots].clone() for buffer in _pool_buffers(getattr(pool, "full_kv_pool", pool))]
-        if self._bench.cfg.has_swa:
-            inside = pool.translate_loc_from_full_to_swa(slots[-self._bench.cfg.sliding_window_size :])
-            held += [buffer[inside].clone() for buffer in _pool_buffers(pool.swa_kv_pool)]
-        if self._bench.cfg.has_mamba:
-            slot = self.cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
-            held += [state[:, slot].clone() for state in mamba_states(self._requests)]
-        return held
+        return self._device.held_by(self.cache, tokens)
 
 
 class LinkerSide:
@@ -276,9 +263,7 @@ class LinkerSide:
         )
         bench.addCleanup(self.linker.close)
         self.cache.init_cache_linker(self.linker)
-        noise = torch.Generator().manual_seed(seed)
-        for buffer in device_buffers(self._allocator, self._requests if bench.cfg.has_mamba else None):
-            buffer.copy_(torch.randn(buffer.shape, generator=noise).to(buffer.dtype))
+        self._device = DeviceMemory(bench, self._allocator, self._requests, seed)
 
     def free_tokens(self) -> int:
         """Slots of the device pool of full attention that are not in use."""
@@ -289,15 +274,7 @@ class LinkerSide:
         """Insert a sequence, which offloads it; what the device holds of it."""
         self._bench._insert(self.cache, self._allocator, self._requests, list(tokens))
         self.settle()
-        node = fixtures.match_prefix(self.cache, list(tokens)).last_device_node
-        slots = self.cache.path_device_indices(node)
-        assert len(slots) == len(tokens)
-        state = (
-            self.cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
-            if self._bench.cfg.has_mamba
-            else None
-        )
-        return self._held(slots, state)
+        return self._device.held_by(self.cache, tokens)
 
     def settle(self) -> None:
         """Wait for offloads, as the scheduler does between steps."""
@@ -315,31 +292,52 @@ class LinkerSide:
         assert self.cache.linker.finish_loads() == [], "a request is aborted"
         if slots is None:
             return None
-        return self._held(slots, request.kv.mamba_pool_idx.unsqueeze(0) if self._bench.cfg.has_mamba else None)
+        return self._device.read(slots, request.kv.mamba_pool_idx.unsqueeze(0) if self._bench.cfg.has_mamba else None)
 
-    def _held(self, slots: torch.Tensor, state: torch.Tensor | None) -> list[torch.Tensor]:
+
+class DeviceMemory:
+    """What lies in a cache's device pools: noise at first.
+
+    Args:
+        bench: the fixtures.
+        allocator: of the pool of full attention.
+        requests: the request pool, which holds the states.
+        seed: of the noise.
+    """
+
+    def __init__(self, bench: Bench, allocator: Any, requests: Any, seed: int) -> None:
+        self._bench, self._allocator, self._requests = bench, allocator, requests
+        pool = allocator.get_kvcache()
+        pools = [getattr(pool, "full_kv_pool", pool), *([pool.swa_kv_pool] if hasattr(pool, "swa_kv_pool") else [])]
+        noise = torch.Generator().manual_seed(seed)
+        for buffer in [buffer for p in pools for buffer in _pool_buffers(p)] + self._states():
+            buffer.copy_(torch.randn(buffer.shape, generator=noise).to(buffer.dtype))
+
+    def held_by(self, cache: Any, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Every byte of every layer that a cache holds here of a sequence."""
+        node = fixtures.match_prefix(cache, list(tokens)).last_device_node
+        slots = cache.path_device_indices(node)
+        assert len(slots) == len(tokens)
+        has_state = self._bench.cfg.has_mamba
+        state = cache.tree_core.get_component_device_value(node, ComponentType.MAMBA) if has_state else None
+        return self.read(slots, state)
+
+    def read(self, slots: torch.Tensor, state: torch.Tensor | None) -> list[torch.Tensor]:
+        """Every byte of every layer in some slots, and of a state where there are states."""
         pool = self._allocator.get_kvcache()
         held = [buffer[slots].clone() for buffer in _pool_buffers(getattr(pool, "full_kv_pool", pool))]
         if self._bench.cfg.has_swa:
             inside = pool.translate_loc_from_full_to_swa(slots[-self._bench.cfg.sliding_window_size :])
             held += [buffer[inside].clone() for buffer in _pool_buffers(pool.swa_kv_pool)]
         if state is not None:
-            held += [part[:, state].clone() for part in mamba_states(self._requests)]
+            held += [part[:, state].clone() for part in self._states()]
         return held
 
-
-def device_buffers(allocator: Any, requests: Any | None) -> list[torch.Tensor]:
-    """Every buffer of the device pools; ``requests`` where there are states."""
-    pool = allocator.get_kvcache()
-    pools = [getattr(pool, "full_kv_pool", pool), *([pool.swa_kv_pool] if hasattr(pool, "swa_kv_pool") else [])]
-    states = mamba_states(requests) if requests is not None else []
-    return [buffer for p in pools for buffer in _pool_buffers(p)] + states
-
-
-def mamba_states(requests: Any) -> list[torch.Tensor]:
-    """The buffers of states."""
-    cache = requests.mamba_pool.mamba_cache
-    return [*cache.conv, cache.temporal]
+    def _states(self) -> list[torch.Tensor]:
+        if not self._bench.cfg.has_mamba:
+            return []
+        cache = self._requests.mamba_pool.mamba_cache
+        return [*cache.conv, cache.temporal]
 
 
 def _pool_buffers(pool: Any) -> list[torch.Tensor]:
