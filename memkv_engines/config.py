@@ -69,7 +69,7 @@ class IoConfig:
         choices=("auto", "on", "off"),
     )
     io_threads: int = _key(
-        8, "chunks being read, and chunks being written, at a time; one thread each", low=1, high=MAX_IO_THREADS
+        8, "chunks written at a time, one thread each; half as many are read at a time", low=1, high=MAX_IO_THREADS
     )
     staging_bytes: int = _key(256 * MIB, "staging memory per worker, half for loads, half for stores", low=8 * MIB)
     load_timeout_ms: int = _key(30_000, "a load older than this is abandoned and recomputed", low=10)

@@ -9,6 +9,8 @@ GIB = 1 << 30
 # --- chunk format -----------------------------------------------------------
 ALIGN_BYTES = 4 * KIB
 """Alignment of header, payload and block stride: what direct I/O and NVMe want."""
+HUGE_PAGE_BYTES = 2 * MIB
+"""Of x86-64 and most arm64 kernels. Elsewhere staging and pools are only aligned more than needed."""
 HASH_BYTES = 32
 """Width of the engine's block hash (sha256)."""
 KEY_BYTES = 16

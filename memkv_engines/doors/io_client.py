@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from memkv_engines.config import Config
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.client import IoClient
+from memkv_engines.offload.huge_pages import advise_huge_pages
 from memkv_engines.offload.messages import GroupSpec, Setup
 
 
@@ -21,6 +22,7 @@ def worker_client(
         stores: whether it may write to the tier.
         counters: where to count; its own if None.
     """
+    advise_huge_pages(groups)
     setup = Setup(
         config.tier.path,
         config.tier.direct_io,

@@ -66,8 +66,11 @@ class IoService:
         load_slots, store_slots = staging_slots(setup.staging_bytes, slot_bytes, setup.io_threads)
         load_staging = StagingPool(slot_bytes, load_slots)
         load_staging.touch()
+        # Reads that are in flight together end together, and the last ones are placed after the device is done: half as
+        # many readers as writers keep it just as busy.
+        readers = (setup.io_threads + 1) // 2
         self._loads = LoadJobs(
-            groups, self._tier, pages, load_staging, readers=setup.io_threads, placers=_PLACERS, reply=self._reply
+            groups, self._tier, pages, load_staging, readers=readers, placers=_PLACERS, reply=self._reply
         )
         self._stores = StoreJobs(
             groups,

@@ -8,9 +8,7 @@ import threading
 from dataclasses import dataclass
 
 from memkv_engines.chunk.layout import align_up
-from memkv_engines.limits import MIB
-
-_HUGE_PAGE_BYTES = 2 * MIB
+from memkv_engines.limits import HUGE_PAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,13 @@ class StagingPool:
     def __init__(self, slot_bytes: int, slots: int) -> None:
         self.slot_bytes = align_up(slot_bytes)
         self.slots = slots
-        self._map = mmap.mmap(-1, self.slot_bytes * slots + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE)
+        self._map = mmap.mmap(-1, self.slot_bytes * slots + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE)
         try:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
             pass  # A kernel without transparent huge pages: slower, not wrong.
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        start = -base % _HUGE_PAGE_BYTES
+        start = -base % HUGE_PAGE_BYTES
         view = memoryview(self._map)
         self._free = [
             Slot(i, view[o : o + self.slot_bytes], base + o)
