@@ -261,27 +261,29 @@ CUresult queue_fill(Stream* stream, uint64_t to, size_t pitch, uint8_t value, si
 
 // ------------------------------------------------------------------------------------------------------ kernels
 unsigned known_param_bytes(void* so, const char* name) {
-  if (auto ask = (unsigned (*)(const char*))dlsym(so, "memkv_param_bytes")) return ask(name);
-  std::string n = name;
-  if (n == "memkv_gather" || n == "memkv_scatter" || n == "memkv_gather_bulk" || n == "memkv_scatter_bulk") return 1848;
-  return n == "memkv_leaf_digests" ? 56 : 0;
+  static const std::set<std::string> kernels = {
+      "memkv_gather", "memkv_scatter", "memkv_gather_bulk", "memkv_scatter_bulk", "memkv_leaf_digests"};
+  auto ask = (unsigned (*)(const char*))dlsym(so, "memkv_argument_bytes");
+  return ask && kernels.count(name) ? ask(name) : 0;
 }
+
+struct KernelViolation { int32_t kind, width; uint64_t address; uint32_t cta, thread; };
 
 void run_kernel(Function* function, const std::vector<uint8_t>& params, unsigned grid, unsigned block) {
   auto& s = st();
   void* so = function->module->so;
   auto launch = (Launch)dlsym(so, "memkv_launch");
-  auto reset = (void (*)(int))dlsym(so, "memkv_check_reset");
-  auto allow = (void (*)(uint64_t, uint64_t, int))dlsym(so, "memkv_check_allow");
-  auto found = (int (*)(char*, int))dlsym(so, "memkv_check_report");
-  if (reset && allow) {
-    reset(1);
-    for (auto& m : s.memory) allow(m.first, m.second.size, 3);
-  }
-  int rc = launch ? launch(function->name.c_str(), params.data(), grid, block, rnd() | 1) : -1;
-  char text[512] = "";
-  if (rc || (found && found(text, sizeof text))) {
-    violate("kernel " + function->name + ": " + (rc ? "could not run" : text));
+  auto reset = (void (*)(int))dlsym(so, "memkv_reset");
+  auto allow = (void (*)(uint64_t, uint64_t, int))dlsym(so, "memkv_allow");
+  auto found = (int (*)(KernelViolation*, int))dlsym(so, "memkv_violations");
+  if (!launch || !reset || !allow || !found) { violate("the kernel library lacks entry points"); s.sticky = UNKNOWN; return; }
+  reset(1);
+  for (auto& m : s.memory) allow(m.first, m.second.size, 3);
+  KernelViolation bad = {};
+  int rc = launch(function->name.c_str(), params.data(), grid, block, rnd() | 1);
+  if (rc || found(&bad, 1)) {
+    violate("kernel " + function->name + (rc ? ": could not run" : ": access violation " + std::to_string(bad.kind) + " of " +
+            std::to_string(bad.width) + " B at " + hex(bad.address)));
     s.sticky = ILLEGAL_ADDRESS;
   }
 }
