@@ -28,6 +28,7 @@ _EVENT_DISABLE_TIMING = 2
 _HOST_ALLOC_PORTABLE_MAPPED = 3
 _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
 _MAX_DYNAMIC_SHARED_BYTES = 8
+_MEMORY_OF_DEVICE = 2
 
 Addresses = npt.NDArray[np.uint64]
 
@@ -59,7 +60,9 @@ class Driver:
             self._call("cuInit", 0)
             self.version = int(self._call("cuDriverGetVersion"))
             if self.version < GPU_MIN_DRIVER:
-                raise GpuUnavailable(f"CUDA driver {_dotted(self.version)}; {_dotted(GPU_MIN_DRIVER)} or later is needed")
+                raise GpuUnavailable(
+                    f"CUDA driver {_dotted(self.version)}; {_dotted(GPU_MIN_DRIVER)} or later is needed"
+                )
             handle = self._call("cuDeviceGet", device)
             self.multiprocessors = self._attribute(_MULTIPROCESSORS, handle)
             self.capability = (
@@ -133,6 +136,13 @@ class Driver:
     def unregister_host(self, address: int) -> None:
         """Unpin it; nothing may be under way to or from it."""
         self._call("cuMemHostUnregister", address)
+
+    def is_device_memory(self, address: int) -> bool:
+        """Whether an address lies in memory of a CUDA device, whoever allocated it."""
+        code, kind = self._api.cuPointerGetAttribute(
+            self._api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address
+        )
+        return int(code) == _SUCCESS and int(kind) == _MEMORY_OF_DEVICE
 
     # ------------------------------------------------------------------------------------ streams and events
 
@@ -239,7 +249,8 @@ class Driver:
 
     def allow_shared(self, function: int, size_bytes: int) -> None:
         """Let a kernel use more dynamic shared memory than the default 48 KiB."""
-        self._call("cuFuncSetAttribute", function, _attribute_of(self._api, _MAX_DYNAMIC_SHARED_BYTES), size_bytes)
+        attribute = self._api.CUfunction_attribute(_MAX_DYNAMIC_SHARED_BYTES)
+        self._call("cuFuncSetAttribute", function, attribute, size_bytes)
 
     def launch(
         self, function: int, ctas: int, threads: int, shared_bytes: int, stream: int, args: npt.NDArray[Any]
@@ -277,8 +288,8 @@ class Driver:
         number = int(code)
         if number == _SUCCESS:
             return
-        text = f"{name}: {getattr(self._api.CUresult(number), 'name', number)}" if number in _known(self._api) else name
-        raise (GpuLost if number in _LOST else GpuError)(f"{text} ({number})")
+        meaning = getattr(code, "name", "")
+        raise (GpuLost if number in _LOST else GpuError)(f"{name} failed: {meaning or 'error'} ({number})")
 
 
 def _import_bindings() -> Any:
@@ -289,14 +300,6 @@ def _import_bindings() -> Any:
             f"cuda-bindings is not installed ({error}); install the release of your CUDA, such as cuda-bindings==13.*"
         ) from error
     return driver
-
-
-def _known(api: Any) -> Any:
-    return api.CUresult._value2member_map_
-
-
-def _attribute_of(api: Any, number: int) -> Any:
-    return api.CUfunction_attribute(number)
 
 
 def _dotted(version: int) -> str:

@@ -68,7 +68,9 @@ def _compile(nvrtc: Any, source: bytes, capability: tuple[int, int]) -> bytes:
     try:
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if int(code):
-            raise GpuUnavailable(f"NVRTC refuses the kernels for sm_{capability[0]}{capability[1]}: {_text(nvrtc, program)}")
+            raise GpuUnavailable(
+                f"NVRTC refuses the kernels for sm_{capability[0]}{capability[1]}: {_text(nvrtc, program)}"
+            )
         _, size = nvrtc.nvrtcGetCUBINSize(program)
         image = bytes(size)
         (code,) = nvrtc.nvrtcGetCUBIN(program, image)

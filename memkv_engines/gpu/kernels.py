@@ -171,7 +171,17 @@ class Kernels:
         """
         self._check_copy(tiles, ids, chunk, chunk_bytes, first_index, error)
         bulk = self._bulk and tiles.bulk
-        self._copy(self._gather_bulk if bulk else self._gather, bulk, tiles, ids, chunk, chunk_bytes, first_index, error, stream)
+        self._copy(
+            self._gather_bulk if bulk else self._gather,
+            bulk,
+            tiles,
+            ids,
+            chunk,
+            chunk_bytes,
+            first_index,
+            error,
+            stream,
+        )
 
     def scatter(
         self, tiles: DeviceTiles, ids: Ids, chunk: int, chunk_bytes: int, first_index: int, error: int, stream: int
@@ -180,7 +190,17 @@ class Kernels:
         check_ids(ids, tiles.num_blocks, distinct=True)
         self._check_copy(tiles, ids, chunk, chunk_bytes, first_index, error)
         bulk = self._bulk and tiles.bulk
-        self._copy(self._scatter_bulk if bulk else self._scatter, bulk, tiles, ids, chunk, chunk_bytes, first_index, error, stream)
+        self._copy(
+            self._scatter_bulk if bulk else self._scatter,
+            bulk,
+            tiles,
+            ids,
+            chunk,
+            chunk_bytes,
+            first_index,
+            error,
+            stream,
+        )
 
     def leaf_digests(
         self,

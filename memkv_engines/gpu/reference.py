@@ -51,7 +51,7 @@ def _move(
 def _pages(tile: Tile, num_blocks: int) -> Bytes:
     """One tile of all blocks, ``[num_blocks, length_bytes]``, over the memory itself."""
     span = (num_blocks - 1) * tile.block_stride_bytes + tile.length_bytes
-    flat = np.frombuffer((ctypes.c_uint8 * span).from_address(tile.base), dtype=np.uint8)
+    flat = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(tile.base))
     return np.lib.stride_tricks.as_strided(
         flat, (num_blocks, tile.length_bytes), (tile.block_stride_bytes, 1), writeable=True
     )

@@ -1,4 +1,4 @@
-"""Which way a group's blocks go between pages and staging: a pure function of layout and limits."""
+"""A KV group on a device, and which way its blocks go: a pure function of layout and limits."""
 
 from __future__ import annotations
 
@@ -29,6 +29,21 @@ class Route:
     def direct(self) -> bool:
         """Whether no device slot and no kernel take part."""
         return self.kind != "kernel"
+
+
+@dataclass(frozen=True)
+class DeviceGroup:
+    """One KV group of this worker.
+
+    Attributes:
+        layout: its pages, by device addresses.
+        stride_bytes: distance of blocks in a chunk, ``Geometry.block_stride_bytes``.
+        route: the way its blocks go to and from host staging.
+    """
+
+    layout: KVLayout
+    stride_bytes: int
+    route: Route
 
 
 def choose_route(layout: KVLayout, medium: Medium = "host", *, batch_copies: bool) -> Route:

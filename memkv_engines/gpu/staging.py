@@ -21,7 +21,7 @@ _WORD_BYTES = 16  # an error word, and room that keeps the leaves behind it alig
 _LEAF_DIGEST_BYTES = 8
 
 
-@dataclass
+@dataclass(eq=False)
 class DeviceSlot:
     """One slot of device memory with its pinned words.
 

@@ -104,8 +104,8 @@ class Ticket:
     def hold(self, stream: int) -> None:
         """Let the engine's stream wait, on the device, until the pages are its own again. Does not block.
 
-        After a gather: later work of ``stream`` may overwrite the pages. After a scatter: it may read them, provided
-        that ``check`` is clean once ``done``; the engine must not use pages of a ticket whose outcome it does not await.
+        After a gather: later work of ``stream`` may overwrite the pages. After a scatter: it may read them, but whether
+        they are right is known only when ``done`` and ``check`` have said so.
 
         Raises:
             GpuError: the submission had failed; wait for ``done`` instead.
@@ -125,4 +125,4 @@ class DigestTicket(Ticket):
         self.check()
         if self.work.digests is None:
             raise GpuError("the digests are not there yet")
-        return self.work.digests[block].astype(">u8").tobytes()
+        return bytes(self.work.digests[block].astype(">u8").tobytes())
