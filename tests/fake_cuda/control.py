@@ -19,7 +19,7 @@ class Report:
     """What the fake has seen since its last reset.
 
     Attributes:
-        live: allocations, streams, events ... that exist now, by kind.
+        live: allocations, streams, events ... made since then that exist now, by kind.
         pending: operations queued and not yet run.
         executed: operations run.
         launches: kernels launched.
@@ -71,7 +71,10 @@ class FakeCuda:
         self.library.fake_cuda_report.restype = ctypes.c_size_t
 
     def reset(self, seed: int = 0, lateness: int = RANDOM, *, allow_pageable: bool = True) -> None:
-        """Forget everything. Without ``allow_pageable`` an asynchronous copy of unpinned memory is a violation."""
+        """Start over: queued work runs, faults and counters are cleared, what is live now counts no more.
+
+        Without ``allow_pageable`` an asynchronous copy of unpinned memory is a violation.
+        """
         self.library.fake_cuda_reset(seed, lateness, int(allow_pageable))
 
     def set_kernels(self, path: Path) -> None:

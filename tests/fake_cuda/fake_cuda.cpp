@@ -31,7 +31,7 @@ enum Error : CUresult {
 };
 enum Lateness { RANDOM = 0, LATE = 1, EAGER = 2 };
 enum Kind { DEVICE, PINNED, REGISTERED };
-const char* const KIND_NAMES[] = {"device", "pinned", "registered"};
+const char* const LIVE_NAMES[] = {"device", "pinned", "registered", "streams", "events", "modules", "contexts"};
 constexpr size_t DEVICE_OFFSET = 512;  // as badly aligned as a real allocation may be
 constexpr size_t PAGE = 4096;
 constexpr size_t GRAVEYARD_BYTES = size_t(256) << 20;
@@ -69,6 +69,7 @@ struct State {
   std::map<int, int> attributes;
   std::vector<std::string> violations;
   std::string kernels;
+  uint64_t baseline[7] = {0, 0, 0, 1, 0, 0, 0};  // what was live at the last reset
   uint64_t executed = 0, launches = 0, fail_op_nth = 0;
   CUresult fail_op_error = OK;
   State() { streams.emplace_back(new Stream); }
