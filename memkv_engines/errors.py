@@ -16,6 +16,10 @@
     │   ├── TierFull           no room (capacity bound or ENOSPC): the store is shed
     │   └── TierUnavailable    cannot be opened, listed or written
     ├── TransportError         moving bytes failed (EIO, short transfer)
+    ├── GpuError               a driver call, or a kernel by its error word, failed; nothing else is affected
+    │   ├── GpuUnavailable     no usable driver, device or kernel image: take another path
+    │   ├── GpuOverdue         the device did not finish in time; its memory stays in use until it does
+    │   └── GpuLost            the CUDA context is broken: nothing moves any more in this process
     └── IoServiceError         the I/O process died, hung or answered nonsense
 
 Every ``ChunkError`` has a short ``kind``, which is also the name of its counter.
@@ -104,3 +108,27 @@ class IoServiceError(MemKVError):
     """The I/O service died, hung or broke its protocol."""
 
     kind = "io_service"
+
+
+class GpuError(MemKVError):
+    """A CUDA driver call failed, a kernel reported an error, or the arguments of a copy are wrong."""
+
+    kind = "gpu_error"
+
+
+class GpuUnavailable(GpuError):
+    """There is no driver, device or kernel image that could be used."""
+
+    kind = "gpu_unavailable"
+
+
+class GpuOverdue(GpuError):
+    """Work on the device did not end in the time given."""
+
+    kind = "gpu_overdue"
+
+
+class GpuLost(GpuError):
+    """The CUDA context is broken for good; every later call in this process fails as well."""
+
+    kind = "gpu_lost"

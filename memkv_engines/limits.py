@@ -73,6 +73,30 @@ PROBE_SILENCE_MAX_S = 30.0
 MAX_PROBE_SEGMENTS = 65_536
 MAX_SLIDING_WINDOW_CANDIDATES = 16
 
+# --- GPU --------------------------------------------------------------------
+GPU_MIN_DRIVER = 12_000
+GPU_BATCH_COPY_DRIVER = 12_080
+"""From this driver on one call submits many copies (cuMemcpyBatchAsync)."""
+GPU_TILE_BYTES = 4 * KIB
+"""Longest piece that one warp moves; the kernels' bulk variant has stages of this size."""
+GPU_INLINE_IDS = 448
+"""Block ids that travel inside a launch's arguments; more blocks are more launches."""
+GPU_COPY_CTAS = 8
+"""Multiprocessors that a copy may occupy. 4 carried 183 GB/s on a GB300 (sglang#40278); the rest is the engine's."""
+GPU_DIGEST_CTAS = 16
+GPU_MAX_CTAS = 64
+GPU_COPY_ENGINE_MIN_BYTES = 28 * KIB
+"""Pieces from here on go to the copy engine in one batch: 40-52 GB/s at 28-64 KiB, 5-7 below (H100, vllm#42212)."""
+GPU_SINGLE_COPY_MIN_BYTES = 128 * KIB
+"""The same without batch copies: a call costs about 2.3 us (FlexKV), in which a 50 GB/s link carries 115 KB."""
+GPU_DEFAULT_SLOTS = 8
+GPU_MAX_SLOTS = 64
+GPU_MAX_TICKETS = 256
+"""Copies in flight, whether they hold a device slot or not."""
+GPU_DRAIN_TIMEOUT_S = 10.0
+GPU_POLL_MIN_S = 20e-6
+GPU_POLL_MAX_S = 1e-3
+
 # --- SGLang ------------------------------------------------------------------
 MAX_REMEMBERED_PAGES = 65_536
 """Page hashes whose predecessor is remembered, per pool (about 200 bytes each)."""
@@ -83,5 +107,9 @@ assert LEAF_BYTES % ALIGN_BYTES == 0
 assert MIN_CHUNK_TARGET_BYTES <= DEFAULT_CHUNK_TARGET_BYTES <= MAX_CHUNK_TARGET_BYTES
 assert MAX_CHUNK_TARGET_BYTES < MAX_BLOCK_BYTES < MAX_CHUNK_BYTES
 assert KEY_BYTES <= HASH_BYTES
+assert GPU_TILE_BYTES % 16 == 0 and GPU_TILE_BYTES <= ALIGN_BYTES
+assert GPU_COPY_ENGINE_MIN_BYTES <= GPU_SINGLE_COPY_MIN_BYTES
+assert GPU_COPY_CTAS <= GPU_DIGEST_CTAS <= GPU_MAX_CTAS
+assert GPU_MAX_SLOTS <= GPU_MAX_TICKETS
 assert DIGEST_BYTES == 16, "FORMAT.md fixes 128-bit digests"
 assert MAX_VARIANTS_EXAMINED <= MAX_BUCKET_ENTRIES_LISTED

@@ -15,6 +15,7 @@ from memkv_engines.limits import LEAF_BYTES
 
 HASH_ID_XXH3_TREE = 1
 _PREFIX = struct.Struct("<32sIQ")
+_LEAF_DIGEST_BYTES = 8
 
 
 def block_digest(block: memoryview, chain_hash: bytes, index: int) -> bytes:
@@ -32,6 +33,24 @@ def block_digest(block: memoryview, chain_hash: bytes, index: int) -> bytes:
     parts = [_PREFIX.pack(chain_hash, index, length)]
     parts += [xxh3_64_digest(block[offset : offset + LEAF_BYTES]) for offset in range(0, length, LEAF_BYTES)]
     return xxh3_128_digest(b"".join(parts))
+
+
+def block_digest_of_leaves(leaves: bytes, length_bytes: int, chain_hash: bytes, index: int) -> bytes:
+    """The same digest from leaves that were hashed elsewhere, such as on a GPU.
+
+    Args:
+        leaves: XXH3-64 of every leaf in order, big-endian (canonical), 8 bytes each.
+        length_bytes: length of the block's payload.
+        chain_hash: as for ``block_digest``.
+        index: as for ``block_digest``.
+
+    Raises:
+        ValueError: not one leaf for each 16 KiB of the block.
+    """
+    wanted = -(-length_bytes // LEAF_BYTES) * _LEAF_DIGEST_BYTES
+    if len(leaves) != wanted:
+        raise ValueError(f"{len(leaves)} B of leaves instead of {wanted} for a block of {length_bytes} B")
+    return xxh3_128_digest(_PREFIX.pack(chain_hash, index, length_bytes) + leaves)
 
 
 def header_digest(parts: list[bytes]) -> bytes:
