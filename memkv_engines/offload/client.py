@@ -212,6 +212,11 @@ class IoClient:
         self.counters.add("gather_microseconds", int((time.perf_counter() - start) * 1e6))
         return self._backend is not None
 
+    def is_gathered(self, job_id: int) -> bool:
+        """Whether the pages of a store are no longer read; a job without an answer to come is not."""
+        pending = self._stores.get(job_id)
+        return pending is None or pending.gathered
+
     def abandon(self, why: str) -> None:
         """End the service now: on return no page is read or written any more, and every job has its answer."""
         self._lose_service(why)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.fast.io_samples import quick_folder, setup_for, started
+from tests.fast.io_samples import quick_folder, setup_for, started, started_device
 from tests.fast.service_samples import POOLS, Service
 
 
-@pytest.fixture(scope="module", params=["on", "off"])
+@pytest.fixture(scope="module", params=["on", "off", "device"])
 def service(request: pytest.FixtureRequest) -> Iterator[Service]:
     with quick_folder() as root:
-        client = started(setup_for(root, list(POOLS.values())), request.param)
+        setup = setup_for(root, list(POOLS.values()))
+        client = started_device(setup)[0] if request.param == "device" else started(setup, request.param)
         yield Service(client, root, request.param)
         client.close()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -16,13 +17,17 @@ from memkv_engines.keys import ChunkName, Namespace
 from memkv_engines.limits import KEY_BYTES
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.messages import GroupSpec, LoadRun, Probe, ProbeDone, Setup, StoreChunk, TileSpec
+from memkv_engines.offload.pinned import PinnedStaging
+from tests.fast.late_mover import STREAM, LateMover
 from tests.fast.samples import NAMESPACE, SHARD
 
 BLOCK_TOKENS = 16
 BLOCKS_PER_CHUNK = 4
 _GUARD_BYTES = 4096
 Result = LoadResult | StoreResult | ProbeDone
+JobClient = IoClient | DeviceIoClient
 
 
 class Pool:
@@ -109,7 +114,27 @@ def started(setup: Setup, io_process: str, **options: int) -> IoClient:
     return client
 
 
-def results_of(client: IoClient, count: int = 1, timeout_s: float = 20.0) -> list[Result]:
+def started_device(setup: Setup, **options: int) -> tuple[DeviceIoClient, LateMover]:
+    """A client for pools "in device memory", with a process for its service; and its mover."""
+    movers: list[LateMover] = []
+
+    def make_mover(staging: PinnedStaging) -> LateMover:
+        movers.append(LateMover(setup.groups, staging))
+        return movers[0]
+
+    client = DeviceIoClient(
+        lambda specs: IoClient(msgspec.structs.replace(setup, groups=tuple(specs)), io_process="on", **options),
+        make_mover,
+        setup.groups,
+        staging_bytes=setup.staging_bytes,
+        stream=lambda: STREAM,
+        **options,
+    )
+    client.start()
+    return client, movers[0]
+
+
+def results_of(client: JobClient, count: int = 1, timeout_s: float = 20.0) -> list[Result]:
     """The next results, as many as wanted."""
     found: list[Result] = []
     deadline = time.monotonic() + timeout_s
@@ -131,7 +156,7 @@ def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
 _next_job = iter(range(1, 1 << 30))
 
 
-def store(client: IoClient, *chunks: StoreChunk) -> tuple[str, ...]:
+def store(client: JobClient, *chunks: StoreChunk) -> tuple[str, ...]:
     """Store and wait."""
     job = next(_next_job)
     client.submit_store(job, chunks)
@@ -141,7 +166,7 @@ def store(client: IoClient, *chunks: StoreChunk) -> tuple[str, ...]:
     return result.outcomes
 
 
-def load(client: IoClient, *runs: LoadRun) -> LoadResult:
+def load(client: JobClient, *runs: LoadRun) -> LoadResult:
     """Load and wait."""
     job = next(_next_job)
     client.submit_load(job, runs)
@@ -150,7 +175,7 @@ def load(client: IoClient, *runs: LoadRun) -> LoadResult:
     return result
 
 
-def probe(client: IoClient, message: Probe) -> ProbeDone:
+def probe(client: JobClient, message: Probe) -> ProbeDone:
     """Look up and wait."""
     client.submit_probe(message)
     (result,) = results_of(client)

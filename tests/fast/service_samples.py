@@ -7,10 +7,10 @@ from pathlib import Path
 
 from memkv_engines.chunk.checksum import header_digest
 from memkv_engines.chunk.codec import Geometry
-from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.messages import LoadRun
 from tests.fast.io_samples import (
     BLOCKS_PER_CHUNK,
+    JobClient,
     Pool,
     block_outermost,
     layer_outermost,
@@ -35,7 +35,7 @@ POOL = POOLS["unaligned, padded"]
 class Service:
     """A running service, its directory and an endless supply of prompts."""
 
-    def __init__(self, client: IoClient, root: Path, mode: str) -> None:
+    def __init__(self, client: JobClient, root: Path, mode: str) -> None:
         self.client, self.root, self.mode = client, root, mode
         self._prompts = iter(range(1 << 30))
 
@@ -43,7 +43,10 @@ class Service:
         return chain(blocks, f"{self.mode}{next(self._prompts)}")
 
     def check_alive(self, pid: int | None) -> None:
-        assert (self.client.mode, self.client.child_pid) == ({"on": "process", "off": "thread"}[self.mode], pid)
+        assert (self.client.mode, self.client.child_pid) == (
+            {"on": "process", "off": "thread", "device": "process"}[self.mode],
+            pid,
+        )
         hashes = self.prompt()
         assert store(self.client, make_store(POOL, hashes, range(N))) == ("stored",)
         check_load(
@@ -52,7 +55,7 @@ class Service:
 
 
 def check_load(
-    client: IoClient, pool: Pool, run: LoadRun, copies: dict[int, int], kind: str = "", good: int | None = None
+    client: JobClient, pool: Pool, run: LoadRun, copies: dict[int, int], kind: str = "", good: int | None = None
 ) -> None:
     """Load, and compare every byte of every pool: pages (keys) now hold what others (values) do, and nothing else."""
     others = [(p, p.memory.copy()) for p in POOLS.values() if p is not pool]

@@ -1,0 +1,261 @@
+"""Load jobs into device memory: the I/O service fills pinned slots, the mover scatters them into the pages.
+
+A job is cut into chunks; as many as there are slots go to the I/O service in one message. What comes back good is
+scattered at once, and its slots serve the next chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memkv_engines.errors import GpuError, IoServiceError
+from memkv_engines.log import get_logger
+from memkv_engines.offload.client import IoClient, LoadResult
+from memkv_engines.offload.loading import LoadChunk, expand_run
+from memkv_engines.offload.messages import LoadRun
+from memkv_engines.offload.moving import Mover, Moving
+from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
+
+log = get_logger(__name__)
+
+
+@dataclass
+class _Job:
+    """One load of the engine. ``good`` and ``kinds`` are per run, up to its first bad chunk."""
+
+    job_id: int
+    deadline: float
+    chunks: list[list[LoadChunk]]
+    good: list[list[int]]
+    kinds: list[list[str]]
+    open_parts: int
+
+    def spoilt(self, run: int, index: int) -> bool:
+        """Whether an earlier chunk of the run is bad: what follows it in the chain is of no use."""
+        return any(self.kinds[run][:index])
+
+    def answer(self) -> LoadResult:
+        good, kinds = [], []
+        for goods, whys in zip(self.good, self.kinds, strict=True):
+            bad = next((i for i, kind in enumerate(whys) if kind), None)
+            good.append(sum(goods if bad is None else goods[: bad + 1]))
+            kinds.append("" if bad is None else whys[bad])
+        return LoadResult(self.job_id, tuple(good), tuple(kinds))
+
+
+@dataclass
+class _Part:
+    """One chunk of a job, and where it is on its way."""
+
+    job: _Job
+    run: int
+    index: int
+    slots: list[PinnedSlot] = field(default_factory=list)
+    good: int = 0
+    kind: str = ""
+    unscattered: list[tuple[PinnedSlot, int, int]] = field(default_factory=list)
+    moving: list[Moving] = field(default_factory=list)
+
+    @property
+    def chunk(self) -> LoadChunk:
+        return self.job.chunks[self.run][self.index]
+
+
+class DeviceLoads:
+    """Loads of one worker. Not thread-safe; nothing here blocks but ``drain``.
+
+    Args:
+        client: the I/O service, whose paged memory is the staging.
+        mover: between staging and pages.
+        staging: pinned slots.
+        stream: the engine's compute stream of the calling thread, as a number.
+        timeout_s: age at which a job is given up.
+        next_id: numbers for jobs of the I/O service.
+    """
+
+    def __init__(
+        self,
+        client: IoClient,
+        mover: Mover,
+        staging: PinnedStaging,
+        stream: Callable[[], int],
+        timeout_s: float,
+        next_id: Callable[[], int],
+    ) -> None:
+        self._client, self._mover, self._staging, self._stream = client, mover, staging, stream
+        self._timeout_s, self._next_id = timeout_s, next_id
+        self._waiting: deque[_Part] = deque()
+        self._reading: dict[int, list[_Part]] = {}
+        self._placing: list[_Part] = []
+        self._results: list[LoadResult] = []
+        self.pending = 0
+
+    def submit(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
+        """Queue a job; its result will come from ``poll``."""
+        chunks, whys = [], []
+        for run in runs:
+            try:
+                chunks.append(expand_run(run))
+                whys.append([""] * len(chunks[-1]))
+            except IoServiceError as error:
+                log.warning("load refused: %s", error)
+                chunks.append([])
+                whys.append([error.kind])
+        good = [[0] * len(why) for why in whys]
+        job = _Job(job_id, time.monotonic() + self._timeout_s, chunks, good, whys, sum(map(len, chunks)))
+        self.pending += 1
+        if not job.open_parts:
+            self._finish(job)
+        self._waiting += [_Part(job, run, index) for run, found in enumerate(chunks) for index in range(len(found))]
+        self._send()
+
+    def owns(self, job_id: int) -> bool:
+        """Whether a result of the I/O service is for a part of ours."""
+        return job_id in self._reading
+
+    def take(self, result: LoadResult) -> None:
+        """A message of the I/O service: what is good goes on into the pages."""
+        for part, good, kind in zip(self._reading.pop(result.job_id), result.good_blocks, result.kinds, strict=True):
+            part.good, part.kind = good, kind
+            start = 0
+            for slot in part.slots:
+                count = max(0, min(slot.blocks, good - start))
+                if count and not part.job.spoilt(part.run, part.index):
+                    part.unscattered.append((slot, start, count))
+                else:
+                    self._staging.give_back(slot)
+                start += slot.blocks
+            self._placing.append(part)
+
+    def poll(self) -> list[LoadResult]:
+        """Move on what can; results of jobs that have ended, whose pages nothing touches any more."""
+        placing, self._placing = self._placing, []
+        for part in placing:
+            self._scatter(part)
+            self._end_moves(part)
+            if part.unscattered or part.moving:
+                self._placing.append(part)
+            else:
+                self._settle(part)
+        self._send()
+        results, self._results = self._results, []
+        return results
+
+    @property
+    def moving(self) -> bool:
+        """Whether the device is at work, so that polling soon is worth while."""
+        return bool(self._placing)
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until no page is written any more. What has not been given to the device is lost."""
+        deadline = time.monotonic() + timeout_s
+        for part in self._placing:
+            for slot, start, _ in part.unscattered:
+                self._fail(part, start)
+                self._staging.give_back(slot)
+            part.unscattered.clear()
+            for move in part.moving:
+                move.wait(max(0.0, deadline - time.monotonic()))
+
+    # --- inside --------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Hand as many chunks as there are slots for to the I/O service, in one message."""
+        batch: list[_Part] = []
+        while self._waiting and self._admit(self._waiting[0]):
+            part = self._waiting.popleft()
+            if part.slots:
+                batch.append(part)
+        if batch:
+            job_id = self._next_id()
+            self._reading[job_id] = batch
+            self._client.submit_load(job_id, tuple(self._run_of(part) for part in batch))
+
+    def _admit(self, part: _Part) -> bool:
+        """Give the first part in the queue its slots, or end it where it is of no use; False: it must wait."""
+        job, chunk = part.job, part.chunk
+        late = time.monotonic() >= job.deadline
+        if late or job.spoilt(part.run, part.index):
+            part.kind = IoServiceError.kind if late else "skipped"
+            self._settle(part)
+            return True
+        per_slot = next(spec.blocks_per_chunk for spec in self._staging.specs if spec.group == chunk.group)
+        need = -(-len(chunk.block_ids) // per_slot)
+        if need > self._staging.slots(chunk.group, for_loads=True):
+            log.warning("a chunk of %d blocks needs more than all staging: raise staging_bytes", len(chunk.block_ids))
+            part.kind = IoServiceError.kind
+            self._settle(part)
+            return True
+        if need > self._staging.free(chunk.group, for_loads=True):
+            return False
+        taken = [self._staging.take(chunk.group, for_loads=True) for _ in range(need)]
+        part.slots = [slot for slot in taken if slot is not None]
+        return True
+
+    def _run_of(self, part: _Part) -> LoadRun:
+        """The chunk alone, into the slots."""
+        chunk = part.chunk
+        numbers: list[int] = []
+        for slot in part.slots:
+            numbers += slot.numbers(min(slot.blocks, len(chunk.block_ids) - len(numbers)))
+        return LoadRun(
+            chunk.namespace,
+            chunk.group,
+            chunk.block_count,
+            1,
+            chunk.holes,
+            chunk.last,
+            chunk.take_first,
+            b"".join(chunk.hashes),
+            np.array(numbers, dtype="<i4").tobytes(),
+        )
+
+    def _scatter(self, part: _Part) -> None:
+        while part.unscattered:
+            slot, start, count = part.unscattered[0]
+            ids = part.chunk.block_ids[start : start + count]
+            try:
+                ticket = self._mover.scatter(slot.group, slot.address, ids, after_stream=self._stream())
+            except GpuError as error:
+                log.warning("a load cannot be placed: %s", error)
+                self._fail(part, start)
+                self._staging.give_back(slot)
+            else:
+                if ticket is None:
+                    return
+                part.moving.append(Moving(ticket, slot, start))
+            part.unscattered.pop(0)
+
+    def _end_moves(self, part: _Part) -> None:
+        for move in [m for m in part.moving if m.ticket.done()]:
+            part.moving.remove(move)
+            self._staging.give_back(move.slot)
+            if not move.succeeded():
+                self._fail(part, move.start)
+
+    @staticmethod
+    def _fail(part: _Part, start: int) -> None:
+        """Blocks from ``start`` on are not in place."""
+        part.good, part.kind = min(part.good, start), "io_error"
+
+    def _settle(self, part: _Part) -> None:
+        job = part.job
+        job.good[part.run][part.index], job.kinds[part.run][part.index] = part.good, part.kind
+        job.open_parts -= 1
+        if not job.open_parts:
+            self._finish(job)
+
+    def _finish(self, job: _Job) -> None:
+        self.pending -= 1
+        self._results.append(job.answer())
+
+    def busy_slots(self) -> Iterable[PinnedSlot]:
+        """Slots in use, for tests and assertions."""
+        yield from (slot for parts in self._reading.values() for part in parts for slot in part.slots)
+        yield from (move.slot for part in self._placing for move in part.moving)
+        yield from (slot for part in self._placing for slot, _, _ in part.unscattered)

@@ -1,0 +1,73 @@
+"""What the offload layer needs of a mover, and a copy of its own that is under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy.typing as npt
+
+from memkv_engines.errors import GpuError
+from memkv_engines.log import get_logger
+from memkv_engines.offload.pinned import PinnedSlot
+
+log = get_logger(__name__)
+
+
+class Ticket(Protocol):
+    """Work that a mover has queued; see ``gpu.tickets.Ticket``."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+
+    def hold(self, stream: int) -> None:
+        """Let a stream wait for it."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for its end, then check."""
+
+
+class Mover(Protocol):
+    """Moves blocks between pages and pinned slots; see ``gpu.mover.DeviceMover``."""
+
+    def gather(
+        self, group: int, block_ids: npt.ArrayLike, payload_address: int, *, after_stream: int, holes: int = 0
+    ) -> Ticket | None:
+        """Pages to slot; None where nothing is free."""
+
+    def scatter(
+        self, group: int, payload_address: int, block_ids: npt.ArrayLike, *, after_stream: int
+    ) -> Ticket | None:
+        """Slot to pages; None where nothing is free."""
+
+    def close(self) -> None:
+        """Drain and end."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A ticket, the slot it touches, and the first of the chunk's blocks that it moves."""
+
+    ticket: Ticket
+    slot: PinnedSlot
+    start: int = 0
+
+    def succeeded(self) -> bool:
+        """Whether it ended well; to be asked once it is done."""
+        try:
+            self.ticket.check()
+        except GpuError as error:
+            log.warning("a copy of the device failed: %s", error)
+            return False
+        return True
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for its end; False where it is overdue."""
+        try:
+            self.ticket.wait(timeout_s)
+        except GpuError:
+            return self.ticket.done()
+        return True

@@ -1,0 +1,115 @@
+"""A mover over host memory that copies as late as it may, for tests of what orders the copies."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from memkv_engines.chunk.layout import KVLayout, Tile, align_up
+from memkv_engines.errors import GpuError, GpuOverdue
+from memkv_engines.offload.messages import GroupSpec
+from memkv_engines.offload.pinned import PinnedStaging
+
+STREAM = 77
+
+
+class LateTicket:
+    """Work that runs when something waits for it, or after some looks at it."""
+
+    def __init__(self, work: Callable[[], None], looks: int, error: str = "") -> None:
+        self._work, self._looks, self._error = work, looks, error
+        self.ended = False
+
+    def run(self) -> None:
+        if not self.ended:
+            self._work()
+            self.ended = True
+
+    def done(self) -> bool:
+        self._looks -= 1
+        if self._looks <= 0:
+            self.run()
+        return self.ended
+
+    def check(self) -> None:
+        if self._error:
+            raise GpuError(self._error)
+
+    def hold(self, stream: int) -> None:
+        assert stream == STREAM
+        if self._error:
+            raise GpuError(self._error)
+        self.run()
+
+    def wait(self, timeout_s: float) -> None:
+        if self._looks > 1_000:
+            raise GpuOverdue("hangs")
+        self.run()
+        self.check()
+
+
+class LateMover:
+    """Copies between pools and staging, late.
+
+    Attributes:
+        slots: copies that may be under way at a time; more are refused with None.
+        looks: how often a ticket is looked at before its work runs.
+        refuse: a message makes every call raise it.
+        fail: a message makes every ticket fail with it, after its work.
+    """
+
+    def __init__(self, groups: Sequence[GroupSpec], staging: PinnedStaging) -> None:
+        self._layouts = {
+            g.group: KVLayout.plan(g.num_blocks, [Tile(t.base, t.block_stride_bytes, t.length_bytes) for t in g.tiles])
+            for g in groups
+        }
+        self._region = range(staging.address, staging.address + staging.size_bytes)
+        self._tickets: list[LateTicket] = []
+        self.slots, self.looks = 3, 3
+        self.refuse = self.fail = ""
+        self.closed = False
+
+    def gather(
+        self, group: int, block_ids: npt.ArrayLike, payload_address: int, *, after_stream: int, holes: int = 0
+    ) -> LateTicket | None:
+        return self._queue(group, block_ids, payload_address, after_stream, to_staging=True)
+
+    def scatter(
+        self, group: int, payload_address: int, block_ids: npt.ArrayLike, *, after_stream: int
+    ) -> LateTicket | None:
+        ids = np.asarray(block_ids)
+        assert len(set(ids.tolist())) == len(ids)
+        return self._queue(group, ids, payload_address, after_stream, to_staging=False)
+
+    def close(self) -> None:
+        for ticket in self._tickets:
+            ticket.run()
+        self.closed = True
+
+    def _queue(
+        self, group: int, block_ids: npt.ArrayLike, address: int, stream: int, *, to_staging: bool
+    ) -> LateTicket | None:
+        assert not self.closed and stream == STREAM
+        if self.refuse:
+            raise GpuError(self.refuse)
+        self._tickets = [ticket for ticket in self._tickets if not ticket.ended]
+        if len(self._tickets) >= self.slots:
+            # A device goes on by itself: the oldest work ends, for whoever comes next.
+            self._tickets[0].run()
+            return None
+        layout, ids = self._layouts[group], np.asarray(block_ids, dtype=np.int32)
+        stride = align_up(layout.block_bytes)
+        assert address in self._region and address + (len(ids) - 1) * stride + layout.block_bytes <= self._region.stop
+
+        def copy() -> None:
+            for index, pieces in enumerate(layout.iovecs(ids).reshape(len(ids), -1, 2).tolist()):
+                cursor = address + index * stride
+                for page, length in pieces:
+                    ctypes.memmove(*((cursor, page) if to_staging else (page, cursor)), length)
+                    cursor += length
+
+        self._tickets.append(LateTicket(copy, self.looks, self.fail))
+        return self._tickets[-1]
