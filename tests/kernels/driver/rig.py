@@ -28,6 +28,10 @@ def view(address: int, size: int) -> Bytes:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
+class EngineFailed(Exception):
+    """A call of the engine's own failed: someone broke the context that it shares."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One tensor of a pool: ``[planes, num_blocks, stride_bytes]`` with ``used_bytes`` of each row in the block.
@@ -97,7 +101,8 @@ class Engine:
     def ok(self, name: str, *arguments: Any) -> Any:
         """A driver call of the engine's own."""
         code, *results = getattr(self.api, name)(*arguments)
-        assert int(code) == 0, f"{name}: {code}"
+        if int(code):
+            raise EngineFailed(f"{name}: {code}")
         return results[0] if results else None
 
     def alloc(self, size: int) -> int:
