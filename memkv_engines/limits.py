@@ -91,6 +91,8 @@ GPU_SINGLE_COPY_MIN_BYTES = 128 * KIB
 """The same without batch copies: a call costs about 2.3 us (FlexKV), in which a 50 GB/s link carries 115 KB."""
 GPU_DEFAULT_SLOTS = 8
 GPU_MAX_SLOTS = 64
+GPU_STAGING_BYTES = 128 * MIB
+"""Device memory for staging, within the bounds on slots: a step stores no more than fits."""
 GPU_MAX_TICKETS = 256
 """Copies in flight, whether they hold a device slot or not."""
 GPU_DRAIN_TIMEOUT_S = 10.0
@@ -110,6 +112,6 @@ assert KEY_BYTES <= HASH_BYTES
 assert GPU_TILE_BYTES % 16 == 0 and GPU_TILE_BYTES <= ALIGN_BYTES
 assert GPU_COPY_ENGINE_MIN_BYTES <= GPU_SINGLE_COPY_MIN_BYTES
 assert GPU_COPY_CTAS <= GPU_DIGEST_CTAS <= GPU_MAX_CTAS
-assert GPU_MAX_SLOTS <= GPU_MAX_TICKETS
+assert GPU_DEFAULT_SLOTS <= GPU_MAX_SLOTS <= GPU_MAX_TICKETS
 assert DIGEST_BYTES == 16, "FORMAT.md fixes 128-bit digests"
 assert MAX_VARIANTS_EXAMINED <= MAX_BUCKET_ENTRIES_LISTED

@@ -46,6 +46,16 @@ class _Part:
     spoilt: bool = False
 
 
+@dataclass(frozen=True)
+class _Unstarted:
+    """One chunk of a job that the device had no room for yet. Its slot is taken."""
+
+    job: _Job
+    index: int
+    chunk: StoreChunk
+    slot: PinnedSlot
+
+
 @dataclass
 class _Sent:
     """Chunks that the I/O service has, in one message; the slots are its until it has gathered them."""
@@ -77,6 +87,7 @@ class DeviceStores:
     ) -> None:
         self._client, self._mover, self._staging, self._stream = client, mover, staging, stream
         self._counters, self._next_id = counters, next_id
+        self._unstarted: list[_Unstarted] = []
         self._gathering: list[_Part] = []
         self._writing: dict[int, _Sent] = {}
         self._results: list[StoreResult] = []
@@ -87,11 +98,14 @@ class DeviceStores:
         job = _Job(job_id, [""] * len(chunks))
         self.pending += 1
         for index, chunk in enumerate(chunks):
-            part = self._gather(job, index, chunk)
-            if part is not None:
-                self._gathering.append(part)
-        if job.ended:
+            slot = self._staging.take(chunk.group, for_loads=False)
+            if slot is None:
+                self._lose(job, index, "shed")
+            else:
+                self._unstarted.append(_Unstarted(job, index, chunk, slot))
+        if not chunks:
             self._finish(job)
+        self._start()
 
     def owns(self, job_id: int) -> bool:
         """Whether a result of the I/O service is for chunks of ours."""
@@ -102,16 +116,22 @@ class DeviceStores:
         sent = self._writing.pop(result.job_id)
         self._free(sent)
         for part, outcome in zip(sent.parts, result.outcomes, strict=True):
-            self._settle(part, outcome)
+            self._settle(part.job, part.index, outcome)
 
     def fence(self, timeout_s: float) -> bool:
         """From here on the engine's stream may write the pages: it waits on the device for what still reads them.
 
-        Blocks only for gathers that no event stands behind, since the driver failed.
+        What the device still had no room for is shed. Blocks only for gathers that no event stands behind, since the
+        driver failed.
 
         Returns:
             False if one of those did not end in time; its chunk is not stored.
         """
+        self._start()
+        for wanted in self._unstarted:
+            self._staging.give_back(wanted.slot)
+            self._lose(wanted.job, wanted.index, "shed")
+        self._unstarted.clear()
         good = True
         for part in self._gathering:
             if part.held:
@@ -127,15 +147,15 @@ class DeviceStores:
         return good
 
     def poll(self) -> list[StoreResult]:
-        """Send on what has been gathered; results of jobs that have ended."""
+        """Send on what has been gathered, start what there is room for; results of jobs that have ended."""
+        self._start()
         gathered = [part for part in self._gathering if part.moving.ticket.done()]
         ready = []
         for part in gathered:
             self._gathering.remove(part)
             if part.spoilt or not part.moving.succeeded():
                 self._staging.give_back(part.moving.slot)
-                self._counters.add("store_failed")
-                self._settle(part, "failed")
+                self._lose(part.job, part.index, "failed")
             else:
                 ready.append(part)
         if ready:
@@ -152,7 +172,11 @@ class DeviceStores:
         return bool(self._gathering)
 
     def drain(self, timeout_s: float) -> None:
-        """Wait until no page is read any more. What does not end in time is not stored."""
+        """Wait until no page is read any more. What does not end in time, or was not started, is not stored."""
+        for wanted in self._unstarted:
+            self._staging.give_back(wanted.slot)
+            self._lose(wanted.job, wanted.index, "shed")
+        self._unstarted.clear()
         deadline = time.monotonic() + timeout_s
         for part in self._gathering:
             if not part.moving.wait(max(0.0, deadline - time.monotonic())):
@@ -160,26 +184,28 @@ class DeviceStores:
 
     def busy_slots(self) -> Iterable[PinnedSlot]:
         """Slots in use, for tests and assertions."""
+        yield from (wanted.slot for wanted in self._unstarted)
         yield from (part.moving.slot for part in self._gathering)
         yield from (slot for sent in self._writing.values() for slot in sent.slots)
 
     # --- inside --------------------------------------------------------------
 
-    def _gather(self, job: _Job, index: int, chunk: StoreChunk) -> _Part | None:
-        slot = self._staging.take(chunk.group, for_loads=False)
-        outcome = "shed"
-        if slot is not None:
+    def _start(self) -> None:
+        """Queue the gathers that the device has room for, behind what the engine's stream has been given so far."""
+        while self._unstarted:
+            wanted = self._unstarted[0]
+            chunk, slot = wanted.chunk, wanted.slot
             try:
                 ticket = self._mover.gather(chunk.group, chunk.block_ids, slot.address, after_stream=self._stream())
-                if ticket is not None:
-                    return _Part(job, index, chunk, Moving(ticket, slot))
             except GpuError as error:
                 log.warning("a chunk cannot be gathered: %s", error)
-                outcome = "failed"
-            self._staging.give_back(slot)
-        self._counters.add(f"store_{outcome}")
-        job.outcomes[index] = outcome
-        return None
+                self._staging.give_back(slot)
+                self._lose(wanted.job, wanted.index, "failed")
+            else:
+                if ticket is None:
+                    return
+                self._gathering.append(_Part(wanted.job, wanted.index, chunk, Moving(ticket, slot)))
+            self._unstarted.pop(0)
 
     def _send(self, parts: list[_Part]) -> None:
         job_id = self._next_id()
@@ -197,10 +223,15 @@ class DeviceStores:
             self._staging.give_back(slot)
         sent.slots = []
 
-    def _settle(self, part: _Part, outcome: str) -> None:
-        part.job.outcomes[part.index] = outcome
-        if part.job.ended:
-            self._finish(part.job)
+    def _lose(self, job: _Job, index: int, outcome: str) -> None:
+        """A chunk that never reached the I/O service, which counts the others."""
+        self._counters.add(f"store_{outcome}")
+        self._settle(job, index, outcome)
+
+    def _settle(self, job: _Job, index: int, outcome: str) -> None:
+        job.outcomes[index] = outcome
+        if job.ended:
+            self._finish(job)
 
     def _finish(self, job: _Job) -> None:
         self.pending -= 1

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.kv_cache_interface import group_kernel_blocks
 
 from memkv_engines.chunk.layout import KVLayout, Tile, choose_blocks_per_chunk
+from memkv_engines.doors.io_client import DevicePages
 from memkv_engines.errors import LayoutError
 from memkv_engines.keys import Shard
 from memkv_engines.limits import HASH_BYTES
@@ -47,7 +48,7 @@ def describe_groups(
         chunk_target_bytes: wanted chunk size.
 
     Raises:
-        LayoutError: a layout or device we cannot move.
+        LayoutError: a layout we cannot move.
     """
     facts, specs = [], []
     for number in kv_cache_config.prefix_cacheable_group_ids:
@@ -110,12 +111,28 @@ def _tensors(cache: Any) -> Sequence[torch.Tensor]:
     return list(cache) if isinstance(cache, (list, tuple)) else [cache]
 
 
+def device_pages(kv_caches: dict[str, Any]) -> DevicePages | None:
+    """The device that holds the KV cache; None for host memory.
+
+    Raises:
+        LayoutError: several devices, or one that is neither the host nor a CUDA device.
+    """
+    devices = {tensor.device for cache in kv_caches.values() for tensor in _tensors(cache)}
+    kinds = {device.type for device in devices}
+    if kinds <= {"cpu"}:
+        return None
+    if kinds != {"cuda"} or len(devices) > 1:
+        raise LayoutError(
+            f"the KV cache lies on {', '.join(sorted(map(str, devices)))}: one CUDA device, or host memory, "
+            "can be moved; start without --kv-transfer-config"
+        )
+    device = devices.pop()
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    return DevicePages(ordinal, lambda: int(torch.cuda.current_stream(ordinal).cuda_stream))
+
+
 def _layer_tiles(name: str, cache: Any, num_blocks: int) -> Iterator[Tile]:
     for tensor in _tensors(cache):
-        if tensor.device.type != "cpu":
-            raise LayoutError(
-                f"layer {name} lives on {tensor.device}: this version moves KV caches in host memory only"
-            )
         blocks = group_kernel_blocks(tensor, num_blocks)
         yield from block_tiles(name, blocks)
 

@@ -18,6 +18,7 @@ from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.messages import LoadRun, StoreChunk
 from memkv_engines.vllm import compat, geometry
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
@@ -39,7 +40,7 @@ class WorkerSide:
         self._vllm_config, self._kv_cache_config, self._config = vllm_config, kv_cache_config, config
         self._stores = stores
         self.counters = Counters()
-        self._client: IoClient | None = None
+        self._client: IoClient | DeviceIoClient | None = None
         self._facts: list[GroupFacts] = []
         self._writers: frozenset[int] = frozenset()
         self._loading: dict[int, tuple[str, tuple[LoadRun, ...]]] = {}
@@ -58,6 +59,7 @@ class WorkerSide:
         Raises:
             LayoutError: a KV cache we cannot move.
             ConfigError: the tier cannot be used.
+            GpuUnavailable: the KV cache lies on a GPU, and no driver or kernels are there to move it.
         """
         config = self._config
         self._facts, specs = geometry.describe_groups(
@@ -66,7 +68,8 @@ class WorkerSide:
         self._writers = frozenset(f.group for f in self._facts if f.writes)
         # The pages must outlive the service: keep the tensors.
         self._kv_caches = kv_caches
-        self._client = worker_client(config, specs, stores=self._stores, counters=self.counters)
+        pages = geometry.device_pages(kv_caches)
+        self._client = worker_client(config, specs, stores=self._stores, counters=self.counters, pages=pages)
         self._client.start()
         log.info(
             "I/O service: %s, %s (%s)", self._client.mode, self._client.ready.tier_name, self._client.ready.mode_reason
@@ -192,7 +195,7 @@ class WorkerSide:
         if self._client is not None:
             self._client.close()
 
-    def _require_client(self) -> IoClient:
+    def _require_client(self) -> IoClient | DeviceIoClient:
         assert self._client is not None, "register_kv_caches comes first"
         return self._client
 

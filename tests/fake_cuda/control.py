@@ -59,6 +59,7 @@ class FakeCuda:
             "fake_cuda_set_lateness": [ctypes.c_int],
             "fake_cuda_fail": [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int],
             "fake_cuda_fail_operation": [ctypes.c_uint64, ctypes.c_int],
+            "fake_cuda_adopt": [ctypes.c_uint64, ctypes.c_uint64],
             "fake_cuda_stall": [ctypes.c_void_p, ctypes.c_int],
             "fake_cuda_run": [ctypes.c_uint64],
             "fake_cuda_clear_violations": [],
@@ -96,6 +97,10 @@ class FakeCuda:
     def set_lateness(self, lateness: int) -> None:
         """``RANDOM``, ``LATE`` or ``EAGER``."""
         self.library.fake_cuda_set_lateness(lateness)
+
+    def adopt(self, address: int, size: int) -> None:
+        """Let memory of the host count as device memory, for an engine on a CPU that plays one on a GPU."""
+        self.library.fake_cuda_adopt(address, size)
 
     def fail(self, name: str, error: int, *, nth: int = 1, forever: bool = False) -> None:
         """The nth call of a driver function from now on (and, if wanted, all after it) returns an error."""

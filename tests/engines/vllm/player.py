@@ -120,6 +120,16 @@ class Player:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
+    def fake_gpu(self, kernels: bool) -> None:
+        """From here on engines keep their KV cache in what counts as device memory, see `fake_gpu.py`."""
+        from tests.engines.vllm.fake_gpu import FakeGpu
+
+        self._gpu = FakeGpu(kernels)
+
+    def gpu_report(self) -> Report:
+        """What the fake GPU's driver saw."""
+        return self._gpu.report()
+
     def meet(self, folder: str, parties: int) -> None:
         """Wait until so many processes have come here."""
         place = Path(folder)
