@@ -6,6 +6,7 @@ The engine need not wait for gathers: its own stream does, on the device (``fenc
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -48,12 +49,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Unstarted:
-    """One chunk of a job that the device had no room for yet. Its slot is taken."""
+    """One chunk of a job that found no room yet, on the device or in the staging."""
 
     job: _Job
     index: int
     chunk: StoreChunk
-    slot: PinnedSlot
 
 
 @dataclass
@@ -70,7 +70,7 @@ class DeviceStores:
     Args:
         client: the I/O service, whose paged memory is the staging.
         mover: between staging and pages.
-        staging: pinned slots; a chunk that finds none is shed.
+        staging: pinned slots; a chunk that finds none until the fence is shed.
         stream: the engine's compute stream of the calling thread, as a number.
         counters: where to count what never reaches the I/O service.
         next_id: numbers for jobs of the I/O service.
@@ -87,7 +87,7 @@ class DeviceStores:
     ) -> None:
         self._client, self._mover, self._staging, self._stream = client, mover, staging, stream
         self._counters, self._next_id = counters, next_id
-        self._unstarted: list[_Unstarted] = []
+        self._unstarted: deque[_Unstarted] = deque()
         self._gathering: list[_Part] = []
         self._writing: dict[int, _Sent] = {}
         self._results: list[StoreResult] = []
@@ -98,11 +98,7 @@ class DeviceStores:
         job = _Job(job_id, [""] * len(chunks))
         self.pending += 1
         for index, chunk in enumerate(chunks):
-            slot = self._staging.take(chunk.group, for_loads=False)
-            if slot is None:
-                self._lose(job, index, "shed")
-            else:
-                self._unstarted.append(_Unstarted(job, index, chunk, slot))
+            self._unstarted.append(_Unstarted(job, index, chunk))
         if not chunks:
             self._finish(job)
         self._start()
@@ -121,17 +117,14 @@ class DeviceStores:
     def fence(self, timeout_s: float) -> bool:
         """From here on the engine's stream may write the pages: it waits on the device for what still reads them.
 
-        What the device still had no room for is shed. Blocks only for gathers that no event stands behind, since the
+        What has found no room until now is shed. Blocks only for gathers that no event stands behind, since the
         driver failed.
 
         Returns:
             False if one of those did not end in time; its chunk is not stored.
         """
         self._start()
-        for wanted in self._unstarted:
-            self._staging.give_back(wanted.slot)
-            self._lose(wanted.job, wanted.index, "shed")
-        self._unstarted.clear()
+        self._shed()
         good = True
         for part in self._gathering:
             if part.held:
@@ -169,14 +162,11 @@ class DeviceStores:
     @property
     def moving(self) -> bool:
         """Whether the device is at work, so that polling soon is worth while."""
-        return bool(self._gathering)
+        return bool(self._gathering or self._unstarted)
 
     def drain(self, timeout_s: float) -> None:
         """Wait until no page is read any more. What does not end in time, or was not started, is not stored."""
-        for wanted in self._unstarted:
-            self._staging.give_back(wanted.slot)
-            self._lose(wanted.job, wanted.index, "shed")
-        self._unstarted.clear()
+        self._shed()
         deadline = time.monotonic() + timeout_s
         for part in self._gathering:
             if not part.moving.wait(max(0.0, deadline - time.monotonic())):
@@ -184,28 +174,37 @@ class DeviceStores:
 
     def busy_slots(self) -> Iterable[PinnedSlot]:
         """Slots in use, for tests and assertions."""
-        yield from (wanted.slot for wanted in self._unstarted)
         yield from (part.moving.slot for part in self._gathering)
         yield from (slot for sent in self._writing.values() for slot in sent.slots)
 
     # --- inside --------------------------------------------------------------
 
     def _start(self) -> None:
-        """Queue the gathers that the device has room for, behind what the engine's stream has been given so far."""
+        """Queue the gathers that there is room for, behind what the engine's stream has been given so far."""
         while self._unstarted:
             wanted = self._unstarted[0]
-            chunk, slot = wanted.chunk, wanted.slot
+            slot = self._staging.take(wanted.chunk.group, for_loads=False)
+            if slot is None:
+                return
             try:
-                ticket = self._mover.gather(chunk.group, chunk.block_ids, slot.address, after_stream=self._stream())
+                ticket = self._mover.gather(
+                    wanted.chunk.group, wanted.chunk.block_ids, slot.address, after_stream=self._stream()
+                )
             except GpuError as error:
                 log.warning("a chunk cannot be gathered: %s", error)
                 self._staging.give_back(slot)
                 self._lose(wanted.job, wanted.index, "failed")
             else:
                 if ticket is None:
+                    self._staging.give_back(slot)
                     return
-                self._gathering.append(_Part(wanted.job, wanted.index, chunk, Moving(ticket, slot)))
-            self._unstarted.pop(0)
+                self._gathering.append(_Part(wanted.job, wanted.index, wanted.chunk, Moving(ticket, slot)))
+            self._unstarted.popleft()
+
+    def _shed(self) -> None:
+        for wanted in self._unstarted:
+            self._lose(wanted.job, wanted.index, "shed")
+        self._unstarted.clear()
 
     def _send(self, parts: list[_Part]) -> None:
         job_id = self._next_id()

@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import (
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from memkv_engines.doors.io_client import DevicePages
 from memkv_engines.errors import ConfigError
 
 _OTHERWISE = "use the hierarchical cache instead (--enable-hierarchical-cache --hicache-storage-backend dynamic)"
@@ -93,25 +94,49 @@ def _entry(
     )
 
 
+def device_pages(pools: Sequence[DevicePool], forward_stream: Any) -> DevicePages | None:
+    """The device that holds the pools; None for host memory.
+
+    Args:
+        pools: every pool.
+        forward_stream: the stream of the forward; the current one of this thread if None.
+
+    Raises:
+        ConfigError: several devices, or one that is neither the host nor a CUDA device.
+    """
+    devices = {device for pool in pools for device in pool.devices}
+    kinds = {device.type for device in devices}
+    if kinds <= {"cpu"}:
+        return None
+    if kinds != {"cuda"} or len(devices) > 1:
+        raise ConfigError(
+            f"the KV cache lies on {', '.join(sorted(map(str, devices)))}; the linker moves pages of one CUDA device "
+            f"or of host memory: {_OTHERWISE}"
+        )
+    device = devices.pop()
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    # A number, since offloads go on in a thread of ours, where another stream is the current one. What the forward has
+    # been given since then is waited for too: that costs time, nothing else.
+    stream = int((forward_stream or torch.cuda.current_stream(ordinal)).cuda_stream)
+    return DevicePages(ordinal, lambda: stream)
+
+
 class DevicePool:
     """One physical device pool.
 
     Args:
         entry: SGLang's ``DevicePoolEntry``.
 
-    Raises:
-        ConfigError: the pool is not in CPU memory.
+    Attributes:
+        devices: where its buffers lie.
+        buffers: its tensors.
     """
 
     def __init__(self, entry: Any) -> None:
         self._entry = entry
         buffers: Sequence[torch.Tensor] = entry.kv_buffer
-        devices = sorted({str(buffer.device) for buffer in buffers})
-        if {buffer.device.type for buffer in buffers} != {"cpu"}:
-            raise ConfigError(
-                f"the KV cache lies on {', '.join(devices)} and so far the linker moves pages of CPU memory only: "
-                f"{_OTHERWISE}"
-            )
+        self.devices = {buffer.device for buffer in buffers}
+        self.buffers = buffers
         self.page_size = int(entry.page_size)
         # A row is a token in some pools and a page in others.
         _, lengths = entry.get_page_buffer_meta(torch.arange(self.page_size))

@@ -27,7 +27,7 @@ from memkv_engines.errors import ConfigError, LayoutError
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
-from memkv_engines.sglang import compat, identity
+from memkv_engines.sglang import compat, device_pools, identity
 from memkv_engines.sglang.device_pools import DevicePool, pool_group
 from memkv_engines.sglang.offloads import OffloadQueue
 from memkv_engines.sglang.pools import PagedPool
@@ -72,15 +72,14 @@ class MemKVCacheLinker(UnifiedCacheLinker):
         self._ranks = compat.RankGroup(params)
         storage_config = _storage_config(params, self._pool_group.rank_replicated, self._ranks)
         runner = compat.model_runner()
+        devices = {name: DevicePool(entry) for name, entry in self.pools.items()}
         self._stores = PageStores(
             config,
             storage_config,
-            [
-                _paged(name, entry, storage_config, config.chunk.chunk_target_bytes)
-                for name, entry in self.pools.items()
-            ],
+            [_paged(name, pool, storage_config, config.chunk.chunk_target_bytes) for name, pool in devices.items()],
             identity.weights_of(config, runner),
             getattr(runner, "model_config", None),
+            device_pools.device_pages(list(devices.values()), forward_stream),
         )
         self._recent = RecentAnswers(config.lookup.miss_ttl_s)
         self._offloads = OffloadQueue(
@@ -217,8 +216,8 @@ def _storage_config(params: Any, is_replicated: bool, ranks: compat.RankGroup) -
     )
 
 
-def _paged(name: Any, entry: Any, storage_config: HiCacheStorageConfig, chunk_target_bytes: int) -> PagedPool:
+def _paged(name: Any, pool: DevicePool, storage_config: HiCacheStorageConfig, chunk_target_bytes: int) -> PagedPool:
     try:
-        return PagedPool(str(name), DevicePool(entry), storage_config, chunk_target_bytes)
+        return PagedPool(str(name), pool, storage_config, chunk_target_bytes)
     except LayoutError as error:
         raise ConfigError(f"{error}; the linker cannot serve this model: use the hierarchical cache instead") from error

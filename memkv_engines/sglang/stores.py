@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTr
 
 from memkv_engines.config import Config
 from memkv_engines.doors.fingerprint import ParameterSums
-from memkv_engines.doors.io_client import worker_client
+from memkv_engines.doors.io_client import DevicePages, worker_client
 from memkv_engines.log import get_logger
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.messages import Manifest
@@ -44,10 +44,12 @@ class PageStores:
         pools: every pool.
         sums: this rank's weights, where they are not named.
         model_config: SGLang's configuration of the model, or None where it is unknown.
+        pages: where the pools lie in device memory; None: in host memory.
 
     Raises:
         ConfigError: the tier cannot be used.
         IdentityError: the weights are unknown.
+        GpuUnavailable: the pools lie on a GPU, and no driver or kernels are there to move them.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class PageStores:
         pools: Sequence[PagedPool],
         sums: ParameterSums | None,
         model_config: Any,
+        pages: DevicePages | None = None,
     ) -> None:
         self._config = config
         namespace = identity.build_namespace(storage_config, config, pools, sums, model_config)
         self._folder = namespace.folder
         self.client = BlockingClient(
-            worker_client(config, [pool.spec() for pool in pools], stores=config.policy.store),
+            worker_client(config, [pool.spec() for pool in pools], stores=config.policy.store, pages=pages),
             store_timeout_s=config.io.load_timeout_ms / 1000,
         )
         self.client.start()

@@ -122,9 +122,10 @@ class Player:
 
     def fake_gpu(self, kernels: bool) -> None:
         """From here on engines keep their KV cache in what counts as device memory, see `fake_gpu.py`."""
-        from tests.engines.vllm.fake_gpu import FakeGpu
+        from tests.engines.fake_gpu import FakeGpu, under_vllm
 
         self._gpu = FakeGpu(kernels)
+        under_vllm(self._gpu)
 
     def gpu_report(self) -> Report:
         """What the fake GPU's driver saw."""

@@ -1,8 +1,8 @@
 """The path for KV caches on a GPU, in a real vLLM whose KV cache counts as device memory of the fake CUDA driver.
 
 What is shipped runs as it is: mover, launches, streams and events, pinned staging, I/O process; the kernels are run
-from their source as C++ (that their PTX does the same is shown by `tests/kernels`). See `fake_gpu.py`. Nothing here was
-run on a GPU.
+from their source as C++ (that their PTX does the same is shown by `tests/kernels`); see `tests/engines/fake_gpu.py`.
+Nothing here was run on a GPU.
 """
 
 from __future__ import annotations
