@@ -37,6 +37,15 @@ def version_note() -> str:
     return f"vLLM {text} is untested with this connector (tested: {', '.join(TESTED_VERSIONS)})"
 
 
+def wanted_kv_cache_layout(vllm_config: Any) -> str | None:
+    """The layout in which a block of all layers is one piece, so that moving it needs no gather kernel.
+
+    Only a wish: ``VLLM_KV_CACHE_LAYOUT`` goes before it, and a backend that has no such layout keeps its own. None on a
+    CPU, whose backend has a single layout.
+    """
+    return "BLHNC" if vllm_config.device_config.device_type == "cuda" else None
+
+
 def hash_identity(vllm_config: Any) -> dict[str, str | int | None]:
     """Identity of the engine's block hashes, for the namespace.
 

@@ -78,6 +78,11 @@ class MemKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Asked by vLLM 0.33: the I/O service holds addresses of pages that sleep mode would unmap."""
         return False
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """A wish, whatever its name says: vLLM drops it with a warning where a backend has no such layout."""
+        return compat.wanted_kv_cache_layout(vllm_config)
+
     # --- worker side ---------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:

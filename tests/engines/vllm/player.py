@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -346,6 +347,16 @@ class Player:
                 return {"value": getattr(importlib.import_module(module), function)(view)}
             except Exception:
                 return {"error": traceback.format_exc()}
+
+    def resolve_layout(self, device_type: str, supported: list[str]) -> Report:
+        """The KV cache layout that vLLM chooses with the connector on a device whose backend has these."""
+        from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+
+        # The real configuration of the engine, but for the layout that it has settled on already.
+        config = copy.deepcopy(self._engine.llm_engine.vllm_config)
+        config.cache_config.kv_cache_layout = None
+        config.device_config = SimpleNamespace(device_type=device_type)
+        return {"layout": resolve_kv_cache_layout(config, [supported]).name}
 
     # --- inside --------------------------------------------------------------
 

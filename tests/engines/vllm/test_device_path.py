@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm.scenario import MIB, Reports, Step, ask, misses, play_all, reset, settle, start, tokens_of
+from tests.engines.vllm.scenario import MIB, Reports, Step, ask, misses, play, play_all, reset, settle, start, tokens_of
 
 pytest.importorskip("cuda.bindings.driver", reason="the environment lacks cuda-bindings: build it again")
 
@@ -124,3 +124,23 @@ def test_the_driver_saw_the_work_and_nothing_wrong(case: Case, runs: dict[str, R
         assert (report["launches"] > 0) == case.kernels
         assert report["calls"]["cuMemHostRegister"] >= 1 and report["calls"]["cuStreamWaitEvent"] > 0
         assert "cuCtxSynchronize" not in report["calls"]
+
+
+LAYOUTS = {
+    "wish granted": ("cuda", ["LBNHC", "LBHNC", "BLHNC"], "BLHNC"),
+    "wish refused": ("cuda", ["LBNHC", "LBHNC"], "LBNHC"),
+    "no wish on a CPU": ("cpu", ["LBHNC", "BLHNC"], "LBHNC"),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    steps: list[Step] = [start("tiny-llama", tmp_path_factory.mktemp("layouts"))]
+    for name, (device, supported, _) in LAYOUTS.items():
+        steps.append({"do": "resolve_layout", "name": name, "device_type": device, "supported": supported})
+    return play(*steps)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_gpu_is_asked_for_whole_blocks_in_one_piece(layouts: Reports, name: str) -> None:
+    assert layouts[name]["layout"] == LAYOUTS[name][2]
