@@ -1,0 +1,8 @@
+"""Tests with the real NIXL and the real kvikio; no GPU. They run in the environment ``device``."""
+
+from __future__ import annotations
+
+import os
+
+# NIXL writes what its plugins complain of to standard error; the tests provoke a lot of that.
+os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
