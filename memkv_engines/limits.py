@@ -54,6 +54,8 @@ BOUNCE_BYTES = 1 * MIB
 """Buffer through which memory goes that was not registered (headers, mostly)."""
 MAX_CACHED_FILES = 64
 """Files kept open after a GDS read: registering one with cuFile is dear. Evicted ones hold their space so long."""
+GDS_PROBE_TIMEOUT_S = 30.0
+"""For the process that tries cuFile before anything relies on it."""
 GDS_TASK_BYTES = 4 * MIB
 GDS_BOUNCE_BYTES = 4 * MIB
 """Per thread of kvikio, page-locked; only the compatibility path uses it."""

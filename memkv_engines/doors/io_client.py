@@ -30,6 +30,9 @@ def worker_client(
         staging_bytes=config.io.staging_bytes,
         groups=tuple(groups),
         eviction=config.tier.eviction,
+        transport=config.transport.transport,
+        gds=config.transport.gds,
+        nixl_plugin=config.transport.nixl_plugin,
     )
     return IoClient(
         setup,

@@ -12,7 +12,7 @@ import numpy as np
 
 from memkv_engines.errors import ChunkMissing, ChunkTruncated, MemKVError, TierFull, TransportError
 from memkv_engines.limits import ALIGN_BYTES
-from memkv_engines.transports.base import DeviceView, FileTransport, View
+from memkv_engines.transports.base import DeviceView, FileTransport, Handle, View
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _PROOF_BYTES = 2 * ALIGN_BYTES
@@ -86,6 +86,15 @@ def address_of(view: View) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0]) if view.nbytes else 0
 
 
+def attach(transport: FileTransport[Handle], fd: int, *, writable: bool = False) -> Handle:
+    """Hand a descriptor over to a transport; it is closed if the transport does not take it."""
+    try:
+        return transport.attach(fd, writable=writable)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 def prove(transport: FileTransport[Any], dir_fd: int, views: Sequence[View]) -> None:
     """Write a scratch file and read it back, so that a transport which does not work here is known before it is used.
 
@@ -104,11 +113,7 @@ def prove(transport: FileTransport[Any], dir_fd: int, views: Sequence[View]) -> 
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | transport.open_flags
     fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
     try:
-        try:
-            handle = transport.attach(fd, writable=True)
-        except BaseException:
-            os.close(fd)
-            raise
+        handle = attach(transport, fd, writable=True)
         try:
             transport.write(handle, [source], 0)  # type: ignore[list-item]
             transport.read(handle, [target], 0)  # type: ignore[list-item]

@@ -44,6 +44,8 @@ from memkv_engines.transports.nixl_install import installed_version, why_missing
 log = get_logger(__name__)
 
 POSIX = "POSIX"
+# Plugins over cuFile.
+GDS_PLUGINS = ("GDS", "GDS_MT")
 _ENGINES_OF_POSIX = (("uring", {"use_uring": "true"}), ("aio", {"use_aio": "true"}))
 _DRAM, _VRAM, _FILE = "DRAM", "VRAM", "FILE"
 _agent_numbers = itertools.count()
