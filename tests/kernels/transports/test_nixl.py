@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -294,6 +296,38 @@ def test_a_file_that_shrinks_under_the_read_is_truncated(
     with pytest.raises(ChunkTruncated):
         transport.read(file, [blank(2 * PAGE)], 0)
     transport.detach(file)
+
+
+def test_many_threads_share_one_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NIXL's default mode is not for threads. It does not crash reliably, so the mode itself is looked at too."""
+    asked: list[object] = []
+    api, errors = module._load()
+
+    def config(**arguments: object) -> object:
+        asked.append(arguments["sync_mode"])
+        return api.nixl_agent_config(**arguments)
+
+    spied = SimpleNamespace(**{**vars(api), "nixl_agent_config": config})
+    monkeypatch.setattr(module, "_load", lambda: (spied, errors))
+    data = noise(64 * PAGE)
+    (tmp_path / "object").write_bytes(data)
+    transport = NixlTransport(direct=False)
+    pool = blank(8 * PAGE)
+    transport.register(address_of(pool), len(pool))
+
+    def work(number: int) -> None:
+        view = pool[number * PAGE : (number + 1) * PAGE]
+        for step in range(40):
+            handle = transport.attach(os.open(tmp_path / "object", os.O_RDONLY))
+            at = (number * 31 + step * 7) % 64
+            transport.read(handle, [view], at * PAGE)
+            assert view == data[at * PAGE : (at + 1) * PAGE]
+            transport.detach(handle)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    transport.close()
+    assert asked == [api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT]
 
 
 def test_a_probe_of_a_directory_leaves_nothing(transport: NixlTransport, tmp_path: Path) -> None:
