@@ -42,7 +42,10 @@ def plugin_folders() -> list[Path]:
             files = metadata.files(name) or []
         except metadata.PackageNotFoundError:
             continue
-        folders = {Path(str(f.locate())).parent for f in files if f.name.startswith("libplugin_")}
+        # Wheels hold the plugins twice; NIXL loads those below the hidden folder, and only there are their libraries.
+        wanted = [f for f in files if f.name.startswith("libplugin_")]
+        hidden = [f for f in wanted if f.parts[0].startswith(".")]
+        folders = {Path(str(f.locate())).parent for f in hidden or wanted}
         if folders:
             return sorted(folders)
     return []

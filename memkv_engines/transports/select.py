@@ -1,7 +1,8 @@
 """Which transport moves the bytes, and where they are staged: decided once per host, with its reason.
 
 ``decide`` is a pure function of the policy, of what is installed and of the topology. ``python -m
-memkv_engines.transports.select FOLDER [KEY=VALUE ...]`` prints its answer as JSON, for ``doctor``.
+memkv_engines.transports.select FOLDER [KEY=VALUE ...]`` prints its answer as JSON, for ``doctor``, with the
+configuration that environment and configuration file give.
 
 The scheduler's I/O process only reads headers: it always uses posix.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memkv_engines.config import load_config
 from memkv_engines.errors import ConfigError, MemKVError
 from memkv_engines.limits import ALIGN_BYTES, GDS_PROBE_TIMEOUT_S
 from memkv_engines.transports import gds as gds_module
@@ -246,8 +248,12 @@ def main(argv: list[str]) -> int:
             return 1
         transport.close()
         return 0
-    facts = facts_of(argv[1])
-    policy = Policy(**dict(word.split("=", 1) for word in argv[2:]))
+    try:
+        config = load_config({"path": argv[1], **dict(word.split("=", 1) for word in argv[2:])})
+    except ConfigError as error:
+        print(json.dumps({"error": str(error)}))
+        return 1
+    policy, facts = Policy(**dataclasses.asdict(config.transport)), facts_of(argv[1])
     answers: dict[str, Any] = {"gpudirect_lacks": facts.gpudirect_lacks, "nixl_lacks": facts.nixl_lacks}
     for name, on_gpu in ((HOST, False), (GPU, True)):
         try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from memkv_engines.errors import ConfigError
+from memkv_engines.transports.nixl_install import plugin_folders
 from tests.fake_cuda.build import build
 from tests.fast.io_samples import load, make_run, make_store, setup_for, started, store
 from tests.fast.samples import chain
@@ -91,19 +93,16 @@ def test_a_vendors_plugin_is_found_by_its_folder(tmp_path: Path, monkeypatch: py
     One written here cannot be built: the wheel has no headers (``backend/backend_plugin.h``, ``backend_engine.h``,
     ``nixl_types.h``), and a plugin is a C++ class derived from the one they declare.
     """
-    from memkv_engines.transports.nixl_install import plugin_folders
-
-    beside = [folder.parent for folder in plugin_folders() if (folder / "libplugin_POSIX.so").is_file()]
+    (source,) = plugin_folders()
     plugins = tmp_path / "vendor" / "plugins"
     plugins.mkdir(parents=True)
-    source = next(folder for folder in plugin_folders() if (folder / "libplugin_POSIX.so").is_file())
     (plugins / "libplugin_VENDOR.so").write_bytes((source / "libplugin_POSIX.so").read_bytes())
     # What it is linked against is looked for in the folder above it.
-    for folder in beside:
-        for library in folder.glob("*.so*"):
-            link = tmp_path / "vendor" / library.name
+    for file in metadata.files("nixl-cu13") or []:
+        if ".so" in file.name and not file.name.startswith("libplugin_"):
+            link = tmp_path / "vendor" / file.name
             if not link.exists():
-                link.symlink_to(library)
+                link.symlink_to(str(file.locate()))
     monkeypatch.setenv("NIXL_PLUGIN_DIR", str(plugins))
     root = tmp_path / "kv"
     client = started(setup_for(root, [POOL], transport="nixl", nixl_plugin="VENDOR", direct_io="on"), "on")
