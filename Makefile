@@ -9,7 +9,7 @@ SGLANG := .venvs/sglang/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang clean
+.PHONY: help demo demo-sglang test lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ env-vllm:
 
 env-sglang:
 	@$(PYTHON) tests/environments/build.py sglang
+
+env-device:
+	@$(PYTHON) tests/environments/build.py device
 
 clean: ## remove environments, models, logs and caches
 	rm -rf .venvs .models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,10 @@ On a virtual machine the host may keep the cores for others. Each step notes how
 medians are taken over the steps that lost at most 5%, where there are five of them, for every way alike.
 The tier's bucket folders exist before the first timed round, as they do in a tier that has been used for a while.
 
-Usage: ``python -m benchmarks.bench_tier [--directory DIR] [--sizes 2,4,8,16] [--json FILE]``
+With ``--transport posix,nixl`` (in the environment ``device``) ``staging`` and ``pages`` run over each, in the same
+rounds; every row names the transport that was really taken.
+
+Usage: ``python -m benchmarks.bench_tier [--directory DIR] [--sizes 2,4,8,16] [--transport posix] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -36,16 +39,19 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.raw_limit import FIO_DEPTHS, THREADS, Fio, file_names, huge_buffer, read_files, timed, write_files
 from benchmarks.through_service import ServiceBench, Shape
-from memkv_engines.errors import MemKVError
+from memkv_engines.errors import ConfigError, MemKVError
 from memkv_engines.keys import ChunkKey, Namespace, Shard
 from memkv_engines.limits import KIB, MIB
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.transports.files import address_of
+from memkv_engines.transports.select import Policy, plan
 
 MAX_SHARE = 1.02
 MAX_STOLEN = 0.05
 MIN_UNDISTURBED = 5
 REFUSED = 3
-"""Exit status where the file system takes no direct I/O: there is no limit to compare with."""
+"""Exit status where the file system takes no direct I/O, so that there is no limit to compare with, or a transport is
+not to be had."""
 _LIMITS = ("raw", "fio")
 
 
@@ -110,8 +116,8 @@ class FioRun(Contestant):
 class Staging(Contestant):
     """The tier, from and into staging memory."""
 
-    def __init__(self, tier: DirectoryTier, count: int, buffers: Sequence[memoryview]) -> None:
-        self.label = f"staging/threads={len(buffers)}"
+    def __init__(self, way: str, tier: DirectoryTier, count: int, buffers: Sequence[memoryview]) -> None:
+        self.label = f"{way}/threads={len(buffers)} {taken(tier.name)}"
         self._tier, self._buffers = tier, buffers
         namespace = Namespace({"benchmark": "bench_tier"})
         self._folder = namespace.folder
@@ -140,9 +146,8 @@ class Staging(Contestant):
 class Pages(Contestant):
     """The tier, from and into engine pages, through the I/O service."""
 
-    label = "pages/process"
-
-    def __init__(self, service: ServiceBench) -> None:
+    def __init__(self, way: str, service: ServiceBench) -> None:
+        self.label = f"{way}/process {taken(service.tier_name)}"
         self._service = service
 
     def write(self) -> float:
@@ -155,6 +160,16 @@ class Pages(Contestant):
 
     def files(self) -> list[Path]:
         return self._service.chunk_files()
+
+
+def taken(tier_name: str) -> str:
+    """The transport that a tier really uses, as its name tells: ``directory(posix/direct)`` -> ``(posix/direct)``."""
+    return tier_name[tier_name.index("(") :]
+
+
+def way_of(way: str, transport: str) -> str:
+    """``staging`` over posix, ``staging-nixl`` over NIXL."""
+    return way if transport == "posix" else f"{way}-{transport}"
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
@@ -253,24 +268,39 @@ def _step(work: Callable[[], float]) -> tuple[float, float]:
 
 @contextmanager
 def contestants_for(
-    directory: Path, chunk_bytes: int, count: int, threads: Sequence[int], fio: Fio | None
+    directory: Path,
+    chunk_bytes: int,
+    count: int,
+    threads: Sequence[int],
+    fio: Fio | None,
+    transports: Sequence[str] = ("posix",),
 ) -> Iterator[list[Contestant]]:
     """Make the contestants, each in a folder of its own, and end what they started."""
-    folders = {way: directory / way for way in ("raw", "fio", "staging", "pages")}
+    ours = [(way_of("staging", transport), way_of("pages", transport)) for transport in transports]
+    folders = {way: directory / way for way in ("raw", "fio", *(way for pair in ours for way in pair))}
     for folder in folders.values():
         folder.mkdir()
     buffers = [huge_buffer(chunk_bytes, seed) for seed in range(max(threads))]
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, directory)
-        tier = DirectoryTier(folders["staging"], direct_io="on")
-        stack.callback(tier.close)
-        service = stack.enter_context(ServiceBench(folders["pages"], Shape.of(count, chunk_bytes)))
-        everyone: list[Contestant] = [Pages(service)]
-        for n in threads:
-            everyone += [Raw(folders["raw"], count, buffers[:n]), Staging(tier, count, buffers[:n])]
+        everyone: list[Contestant] = [Raw(folders["raw"], count, buffers[:n]) for n in threads]
+        for transport, (staging, pages) in zip(transports, ours, strict=True):
+            tier = open_tier(folders[staging], transport, max(threads))
+            stack.callback(tier.close)
+            for buffer in buffers:
+                tier.register_memory(address_of(buffer), buffer.nbytes)
+            everyone += [Staging(staging, tier, count, buffers[:n]) for n in threads]
+            service = ServiceBench(folders[pages], Shape.of(count, chunk_bytes), transport=transport)
+            everyone.append(Pages(pages, stack.enter_context(service)))
         if fio is not None and fio.usable:
             everyone += [FioRun(fio, folders["fio"], count, chunk_bytes, depth) for depth in FIO_DEPTHS]
         yield everyone
+
+
+def open_tier(folder: Path, transport: str, threads: int) -> DirectoryTier:
+    """A tier with direct I/O over a transport; raises ``ConfigError`` where that does not work here."""
+    planned = None if transport == "posix" else plan(Policy(transport), folder, threads=threads)
+    return DirectoryTier(folder, direct_io="on", transport=planned)
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
@@ -325,12 +355,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--total-mib", type=int, default=512, help="payload per round")
     parser.add_argument("--rounds", type=int, default=15, help="rounds that count, after one to warm up")
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="numbers of threads to try")
+    parser.add_argument("--transport", default="posix", help="posix, nixl, gds; several, with commas, share the rounds")
     parser.add_argument("--no-fio", action="store_true", help="leave fio out")
     parser.add_argument("--json", type=Path, default=harness.BUILD / "tier.json", help="the record; a plot beside it")
     parser.add_argument("--tiny", action="store_true", help="seconds, not minutes: shows that it runs, judges nothing")
     arguments = parser.parse_args(argv)
     arguments.sizes = [int(float(size) * MIB) for size in arguments.sizes.split(",")]
     arguments.threads = [int(n) for n in arguments.threads.split(",")]
+    arguments.transports = arguments.transport.split(",")
+    if not set(arguments.transports) <= {"posix", "nixl", "gds"}:
+        parser.error(f"--transport={arguments.transport}: give posix, nixl, gds, or several of them")
     arguments.total = arguments.total_mib * MIB
     if arguments.tiny:
         arguments.sizes, arguments.total, arguments.rounds = [256 * KIB, 512 * KIB], MIB, 2
@@ -344,13 +378,14 @@ def run(arguments: argparse.Namespace, base: Path) -> tuple[list[Result], dict[s
 
     fio = None if arguments.no_fio else Fio(base)
     results: list[Result] = []
-    steps = len(arguments.sizes) * (arguments.rounds + 1) * (2 * len(arguments.threads) + 1 + 2 * bool(fio))
+    ours = len(arguments.transports) * (len(arguments.threads) + 1)
+    steps = len(arguments.sizes) * (arguments.rounds + 1) * (len(arguments.threads) + ours + 2 * bool(fio))
     with tqdm(total=steps, disable=None, unit="step") as progress:
         for chunk_bytes in arguments.sizes:
             count = max(2, arguments.total // chunk_bytes)
             folder = base / f"size-{chunk_bytes}"
             folder.mkdir()
-            with contestants_for(folder, chunk_bytes, count, arguments.threads, fio) as everyone:
+            with contestants_for(folder, chunk_bytes, count, arguments.threads, fio, arguments.transports) as everyone:
                 for step in measure(everyone, chunk_bytes, count, arguments.rounds):
                     if isinstance(step, Result):
                         results.append(step)
@@ -371,7 +406,11 @@ def main(argv: Sequence[str]) -> int:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-tier-", dir=parent) as scratch:
         try:
-            DirectoryTier(Path(scratch) / "probe", direct_io="on").close()
+            for transport in arguments.transports:
+                open_tier(Path(scratch) / "probe", transport, threads=1).close()
+        except ConfigError as error:
+            print(f"a transport cannot be had here: {error}", file=sys.stderr)
+            return REFUSED
         except MemKVError as error:
             print(f"no direct I/O here, so no limit to compare with: {error}", file=sys.stderr)
             return REFUSED

@@ -61,10 +61,18 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
         direct_io: as in the configuration.
         io_threads: as in the configuration.
         staging_bytes: as in the configuration.
+        transport: as in the configuration.
     """
 
     def __init__(
-        self, root: Path, shape: Shape, *, direct_io: str = "on", io_threads: int = 8, staging_bytes: int = 256 * MIB
+        self,
+        root: Path,
+        shape: Shape,
+        *,
+        direct_io: str = "on",
+        io_threads: int = 8,
+        staging_bytes: int = 256 * MIB,
+        transport: str = "posix",
     ) -> None:
         self._root, self._shape = root, shape
         self._job = 0
@@ -74,9 +82,14 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
         slot_bytes = align_up(Group.from_spec(spec).slot_bytes)
         # A store that finds no staging is shed; an engine's stores are, a benchmark's must not be.
         self._stores_in_flight = max(1, min(staging_slots(staging_bytes, slot_bytes, io_threads)[1], 64))
-        setup = Setup(str(root), direct_io, 0, False, io_threads, staging_bytes, (spec,))
+        setup = Setup(str(root), direct_io, 0, False, io_threads, staging_bytes, (spec,), transport=transport)
         self._client = IoClient(setup, io_process="on", load_timeout_ms=120_000, fence_timeout_ms=60_000)
         self._client.start()
+
+    @property
+    def tier_name(self) -> str:
+        """The tier, with the transport it took."""
+        return self._client.ready.tier_name
 
     @property
     def mode(self) -> str:

@@ -77,6 +77,26 @@ class IoConfig:
 
 
 @dataclass(frozen=True)
+class TransportConfig:
+    """Which library moves the bytes; the choice and its reason are logged, and shown by ``doctor``."""
+
+    transport: str = _key(
+        "auto",
+        "what moves bytes: posix, nixl, gds (kvikio), or auto: gds where GPUDirect Storage works, else posix",
+        choices=("auto", "posix", "nixl", "gds"),
+    )
+    gds: str = _key(
+        "auto", "GPUDirect Storage: on (or refuse to start), off, auto (where it works)", choices=("auto", "on", "off")
+    )
+    nixl_plugin: str = _key("POSIX", "NIXL's storage plugin: POSIX, GDS, GDS_MT, or one in NIXL_PLUGIN_DIR")
+    staging_medium: str = _key(
+        "auto",
+        "where chunks of a KV cache in GPU memory are staged: gpu (GPUDirect), host, auto (by the PCIe topology)",
+        choices=("auto", "gpu", "host"),
+    )
+
+
+@dataclass(frozen=True)
 class LookupConfig:
     """What is known about the tier without asking it."""
 
@@ -112,6 +132,7 @@ class Config:
     tier: TierConfig = TierConfig()
     chunk: ChunkConfig = ChunkConfig()
     io: IoConfig = IoConfig()
+    transport: TransportConfig = TransportConfig()
     lookup: LookupConfig = LookupConfig()
     identity: IdentityConfig = IdentityConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -130,6 +151,7 @@ _GROUPS: dict[str, type] = {
     "tier": TierConfig,
     "chunk": ChunkConfig,
     "io": IoConfig,
+    "transport": TransportConfig,
     "lookup": LookupConfig,
     "identity": IdentityConfig,
     "policy": PolicyConfig,

@@ -16,6 +16,7 @@
     │   ├── TierFull           no room (capacity bound or ENOSPC): the store is shed
     │   └── TierUnavailable    cannot be opened, listed or written
     ├── TransportError         moving bytes failed (EIO, short transfer)
+    │   └── TransferOverdue    it did not end in time and may still touch its memory
     ├── GpuError               a driver call, or a kernel by its error word, failed; nothing else is affected
     │   ├── GpuUnavailable     no usable driver, device or kernel image: take another path
     │   ├── GpuOverdue         the device did not finish in time; its memory stays in use until it does
@@ -26,6 +27,8 @@ Every ``ChunkError`` has a short ``kind``, which is also the name of its counter
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 
 class MemKVError(Exception):
@@ -102,6 +105,20 @@ class TransportError(MemKVError):
     """Moving bytes failed."""
 
     kind = "io_error"
+
+
+class TransferOverdue(TransportError):
+    """A transfer did not end in time and could not be called back: the device may still read or write its memory.
+
+    Args:
+        message: what was waited for.
+        ended: whether it has ended by now; may be asked at any time, from any thread. Until then the memory may hold
+            nothing of value (a read) or must be expected to be read once more (a write): its owner does not reuse it.
+    """
+
+    def __init__(self, message: str, ended: Callable[[], bool]) -> None:
+        super().__init__(message)
+        self.ended = ended
 
 
 class IoServiceError(MemKVError):

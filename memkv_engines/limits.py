@@ -43,6 +43,25 @@ TOUCH_EVERY_S = 60.0
 """A chunk's time of use is as coarse as this."""
 MAX_MANIFEST_BYTES = 64 * KIB
 
+# --- transports -------------------------------------------------------------
+TRANSFER_TIMEOUT_S = 20.0
+"""A NIXL transfer that takes longer is given up. Below the default load_timeout_ms, so that one load fails first."""
+TRANSFER_POLL_S = 200e-6
+"""Between two looks at a NIXL transfer: a tenth of what 4 MiB take, and hundreds of times less CPU than spinning."""
+MAX_OVERDUE_TRANSFERS = 64
+"""Transfers that may be overdue at a time before no more are started."""
+MAX_TRANSFERS_PER_CALL = 64
+"""Pieces of one read or write that are under way at a time."""
+BOUNCE_BYTES = 1 * MIB
+"""Buffer through which memory goes that was not registered (headers, mostly)."""
+MAX_CACHED_FILES = 64
+"""Files kept open after a GDS read: registering one with cuFile is dear. Evicted ones hold their space so long."""
+GDS_PROBE_TIMEOUT_S = 30.0
+"""For the process that tries cuFile before anything relies on it."""
+GDS_TASK_BYTES = 4 * MIB
+GDS_BOUNCE_BYTES = 4 * MIB
+"""Per thread of kvikio, page-locked; only the compatibility path uses it."""
+
 # --- I/O service ------------------------------------------------------------
 MAX_IO_THREADS = 32
 MIN_STAGING_SLOTS = 2

@@ -85,6 +85,9 @@ def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool) -> Setu
         staging_bytes=config.io.staging_bytes,
         groups=tuple(groups),
         eviction=config.tier.eviction,
+        transport=config.transport.transport,
+        gds=config.transport.gds,
+        nixl_plugin=config.transport.nixl_plugin,
     )
 
 

@@ -105,7 +105,7 @@ class IoClient:
         """Start the service and wait until it is ready.
 
         Raises:
-            ConfigError: the tier cannot be used; nothing to do with the child process.
+            ConfigError: the tier or the transport cannot be used; nothing to do with the child process.
             IoServiceError: the service does not start in the mode asked for.
         """
         if self._io_process != "off":
@@ -150,7 +150,7 @@ class IoClient:
             for reply in backend.receive():
                 if not isinstance(reply, Ready):
                     continue
-                if reply.error_kind == TierUnavailable.__name__:
+                if reply.error_kind in (TierUnavailable.__name__, ConfigError.__name__):
                     raise ConfigError(reply.error)
                 if reply.error:
                     raise IoServiceError(reply.error)

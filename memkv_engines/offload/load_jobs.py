@@ -158,7 +158,7 @@ class LoadJobs:
             load = ChunkLoad(item.chunk, self._groups[item.chunk.group], self._tier, self._pages, slot)
             load.read()
         except JOB_ERRORS as error:
-            self._staging.release(slot)
+            self._staging.release(slot, error)
             self._settle(item, _failed(error))
             return
         self._arrived.put(_Item(item.job, item.run, item.index, load))
@@ -167,6 +167,7 @@ class LoadJobs:
         load = item.load
         if load is None:
             raise AssertionError("an item that was not read")
+        failure: Exception | None = None
         try:
             if item.job.is_pointless(item.run, item.index):
                 load.close()
@@ -177,9 +178,9 @@ class LoadJobs:
                 with contextlib.suppress(MemKVError, OSError):
                     self._tier.remove(load.folder, load.name)
         except JOB_ERRORS as error:
-            outcome = _failed(error)
+            failure, outcome = error, _failed(error)
         finally:
-            self._staging.release(load.slot)
+            self._staging.release(load.slot, failure)
         self._settle(item, outcome)
 
     def _settle(self, item: _Item, outcome: LoadOutcome) -> None:

@@ -34,7 +34,11 @@ class GroupSpec(msgspec.Struct, frozen=True):
 
 
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
-    """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory."""
+    """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory.
+
+    ``transport``, ``gds`` and ``nixl_plugin`` are the policy of ``transports.select``; a service that only probes reads
+    headers, for which posix is as good as any.
+    """
 
     tier_path: str
     direct_io: str
@@ -47,6 +51,9 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     canary_address: int = 0
     canary: bytes = b""
     eviction: str = "off"
+    transport: str = "posix"
+    gds: str = "auto"
+    nixl_plugin: str = "POSIX"
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):

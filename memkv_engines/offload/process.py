@@ -21,6 +21,7 @@ from memkv_engines.offload.messages import Ready, Reply, Setup, Stop, decode_req
 from memkv_engines.offload.pages import Pages, ProcessVmPages
 from memkv_engines.offload.service import IoService
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.transports.select import Policy, plan
 
 _PR_SET_PDEATHSIG = 1
 # A thread that comes back from the device must not wait the usual 5 ms (longer than a chunk takes) to start the next.
@@ -58,13 +59,20 @@ def main(argv: list[str]) -> int:
 
 
 def open_tier(setup: Setup) -> DirectoryTier:
-    """Open the directory tier a setup names."""
+    """Open the directory tier a setup names, with the transport its policy chooses.
+
+    Raises:
+        TierUnavailable: the directory cannot be used.
+        ConfigError: the transport that was asked for cannot be had here.
+    """
+    policy = Policy(setup.transport, setup.gds, setup.nixl_plugin)
     return DirectoryTier(
         setup.tier_path,
         direct_io=setup.direct_io,
         capacity_bytes=setup.capacity_bytes,
         read_only=setup.read_only,
         eviction=setup.eviction,
+        transport=plan(policy, setup.tier_path, threads=setup.io_threads),
     )
 
 

@@ -55,6 +55,7 @@ class IoService:
         self._prober: ThreadGroup[Probe | Manifest] = ThreadGroup("probe", 1, self._probes, self._probe)
         self._loads: LoadJobs | None = None
         self._stores: StoreJobs | None = None
+        self._staging: tuple[StagingPool, ...] = ()
         groups = {g.group: Group.from_spec(g) for g in setup.groups if g.tiles}
         if groups:
             if pages is None:
@@ -64,11 +65,15 @@ class IoService:
     def _make_pipelines(self, setup: Setup, groups: dict[int, Group], pages: Pages) -> None:
         slot_bytes = max(g.slot_bytes for g in groups.values())
         load_slots, store_slots = staging_slots(setup.staging_bytes, slot_bytes, setup.io_threads)
-        load_staging = StagingPool(slot_bytes, load_slots)
+        load_staging, store_staging = StagingPool(slot_bytes, load_slots), StagingPool(slot_bytes, store_slots)
         load_staging.touch()
         # Reads that are in flight together end together, and the last ones are placed after the device is done: half as
         # many readers as writers keep it just as busy.
         readers = (setup.io_threads + 1) // 2
+        self._staging = (load_staging, store_staging)
+        # Registered for good: the pools live as long as the service, and the device may be late with a transfer.
+        for pool in self._staging:
+            self._tier.register_memory(pool.address, pool.nbytes)
         self._loads = LoadJobs(
             groups, self._tier, pages, load_staging, readers=readers, placers=_PLACERS, reply=self._reply
         )
@@ -76,7 +81,7 @@ class IoService:
             groups,
             self._tier,
             pages,
-            StagingPool(slot_bytes, store_slots),
+            store_staging,
             gatherers=_GATHERERS,
             digesters=_DIGESTERS,
             writers=setup.io_threads,

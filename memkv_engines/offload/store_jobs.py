@@ -164,15 +164,16 @@ class StoreJobs:
 
     def _write(self, item: _Item) -> None:
         self._yield_to_loads(YIELD_TO_LOADS_S)
+        failure: Exception | None = None
         try:
             outcome, written = item.store.write(self._tier)
         except JOB_ERRORS as error:
             log.warning("store failed: %s", error)
-            outcome, written = "failed", 0
-        self._settle(item, outcome, written)
+            failure, outcome, written = error, "failed", 0
+        self._settle(item, outcome, written, failure)
 
-    def _settle(self, item: _Item, outcome: str, written_bytes: int) -> None:
-        self._staging.release(item.store.slot)
+    def _settle(self, item: _Item, outcome: str, written_bytes: int, failure: Exception | None = None) -> None:
+        self._staging.release(item.store.slot, failure)
         job = item.job
         with job.lock:
             job.outcomes[item.index] = outcome

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memkv_engines.chunk.codec import Geometry, build_header
-from memkv_engines.errors import IoServiceError, TierError, TierFull, TransportError
+from memkv_engines.errors import IoServiceError, TierError, TierFull, TransferOverdue, TransportError
 from memkv_engines.keys import ChunkKey, namespace_folder
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import StoreChunk, split_hashes
@@ -92,14 +92,19 @@ class ChunkStore:
         return True
 
     def write(self, tier: Tier) -> tuple[str, int]:
-        """Publish. Blocking; never raises for trouble with the tier.
+        """Publish. Blocking; raises nothing else for trouble with the tier.
 
         Returns:
             The outcome (``stored | present | full | failed``) and the bytes submitted to the device.
+
+        Raises:
+            TransferOverdue: the device may still read from the slot.
         """
         view = self.slot.view[: self._geometry.object_bytes]
         try:
             result = tier.put(self._folder, self._name, [view], replace=self._chunk.replace)
+        except TransferOverdue:
+            raise
         except TierFull:
             return "full", 0
         except (TierError, TransportError):

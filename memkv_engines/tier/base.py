@@ -105,5 +105,11 @@ class Tier(ABC):
     def used_bytes(self) -> int | None:
         """Bytes held, or None while they are still being counted."""
 
+    def register_memory(self, address: int, length_bytes: int) -> None:  # noqa: B027 - optional
+        """Announce staging memory to the transport; see ``Transport.register``. Its owner calls this once."""
+
+    def deregister_memory(self, address: int) -> None:  # noqa: B027 - optional
+        """Take it back before it is freed."""
+
     def close(self) -> None:  # noqa: B027 - optional
         """Release what the tier holds open."""

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from memkv_engines.errors import (
     ChunkForeign,
@@ -39,7 +40,10 @@ from memkv_engines.tier.base import ChunkReader, PutResult, Tier
 from memkv_engines.tier.eviction import OFF, SEGMENTED_LRU, StoredChunk, choose_victims
 from memkv_engines.tier.folders import DIR_FLAGS, Folder, as_tier_error, dated_names, only_one, unlink_quietly, walk
 from memkv_engines.tier.usage import UsageFile
+from memkv_engines.transports.base import FileTransport
+from memkv_engines.transports.files import attach
 from memkv_engines.transports.posix import BUFFERED, DIRECT, ModeReport, PosixTransport, probe_modes
+from memkv_engines.transports.select import TransportPlan
 
 _TEMPORARY = ".tmp-"
 # O_NONBLOCK so that a FIFO planted under a chunk's name cannot hang the open; regular files ignore it.
@@ -50,17 +54,17 @@ _Result = TypeVar("_Result")
 
 
 class _FileReader(ChunkReader):
-    def __init__(self, transport: PosixTransport, fd: int, object_bytes: int) -> None:
-        self._transport, self._fd = transport, fd
+    def __init__(self, transport: FileTransport[Any], handle: Any, object_bytes: int) -> None:
+        self._transport, self._handle = transport, handle
         self.object_bytes = object_bytes
 
     def read(self, views: Sequence[memoryview], offset: int) -> None:
-        self._transport.read(self._fd, views, offset)
+        self._transport.read(self._handle, views, offset)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._transport.detach(handle)
 
 
 class DirectoryTier(Tier):
@@ -74,9 +78,11 @@ class DirectoryTier(Tier):
             A store beyond it fails; ``evict`` makes room.
         read_only: never write, not even to probe.
         eviction: which chunks ``evict`` removes: ``segmented_lru``, ``lru``, or none with ``off``.
+        transport: what was decided to move the bytes with; posix if None.
 
     Raises:
         TierUnavailable: the directory cannot be made, opened or written.
+        ConfigError: the transport does not work here.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class DirectoryTier(Tier):
         capacity_bytes: int = 0,
         read_only: bool = False,
         eviction: str = SEGMENTED_LRU,
+        transport: TransportPlan | None = None,
     ) -> None:
         self.root = Path(root)
         self._capacity_bytes = capacity_bytes
@@ -97,12 +104,12 @@ class DirectoryTier(Tier):
         self._root_fd = self._open_root()
         try:
             self.mode_report = self._choose_mode(direct_io)
+            self._transport = self._open_transport(transport)
             if capacity_bytes and not read_only:
                 self._usage = UsageFile(self._root_fd)
         except BaseException:
             os.close(self._root_fd)
             raise
-        self._transport = PosixTransport(self.mode_report.mode)
         self.name = f"directory({self._transport.name})"
         self.align_bytes = self._transport.align_bytes
         self._lock = threading.Lock()
@@ -165,10 +172,11 @@ class DirectoryTier(Tier):
             raise as_tier_error(error, f"cannot create a chunk in {folder}/{name.bucket}") from error
         bucket_fd = bucket.fd
         try:
+            handle = attach(self._transport, fd, writable=True)
             try:
-                written = self._transport.write(fd, views, 0)
+                written = self._transport.write(handle, views, 0)
             finally:
-                os.close(fd)
+                self._transport.detach(handle)
             os.rename(temporary, name.text, src_dir_fd=bucket_fd, dst_dir_fd=bucket_fd)
         except OSError as error:
             unlink_quietly(temporary, bucket_fd)
@@ -247,7 +255,7 @@ class DirectoryTier(Tier):
         except BaseException:
             os.close(fd)
             raise
-        return _FileReader(self._transport, fd, info.st_size)
+        return _FileReader(self._transport, attach(self._transport, fd), info.st_size)
 
     def _touch(self, fd: int, info: os.stat_result) -> None:
         """Note that a chunk was used, for eviction: mounts with ``noatime`` do not, and direct reads may not either."""
@@ -379,7 +387,14 @@ class DirectoryTier(Tier):
             for name, info in self._chunks(folder):
                 yield StoredChunk(f"{folder}/{name.text}", info.st_size, info.st_mtime_ns, info.st_atime_ns)
 
+    def register_memory(self, address: int, length_bytes: int) -> None:
+        self._transport.register(address, length_bytes)
+
+    def deregister_memory(self, address: int) -> None:
+        self._transport.deregister(address)
+
     def close(self) -> None:
+        self._transport.close()
         if self._usage is not None:
             self._usage.close()
         with self._lock:
@@ -462,6 +477,12 @@ class DirectoryTier(Tier):
             os.close(fd)
             raise TierUnavailable(f"path={str(self.root)!r} is not writable by this user: fix its mode or owner")
         return fd
+
+    def _open_transport(self, plan: TransportPlan | None) -> FileTransport[Any]:
+        if plan is None:
+            return PosixTransport(self.mode_report.mode)
+        self.mode_report = replace(self.mode_report, reason=f"{plan.reason}; {self.mode_report.reason}")
+        return plan.open(self.mode_report.mode, None if self._read_only else self._root_fd)
 
     def _choose_mode(self, direct_io: str) -> ModeReport:
         if not self._read_only:

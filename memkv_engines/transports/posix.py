@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 from memkv_engines.errors import ChunkError, ChunkMissing, ChunkTruncated, TierFull, TierUnavailable, TransportError
 from memkv_engines.limits import ALIGN_BYTES, MAX_IOVECS_PER_CALL, MIB
-from memkv_engines.transports.base import Transport
+from memkv_engines.transports.base import FileTransport
 
 DIRECT, DONTCACHE, BUFFERED = "direct", "dontcache", "buffered"
 RWF_DONTCACHE = 0x80
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class PosixTransport(Transport[int]):
-    """``preadv``/``pwritev`` on file descriptors.
+class PosixTransport(FileTransport[int]):
+    """``preadv``/``pwritev`` on file descriptors; a handle is the descriptor itself.
 
     Args:
         mode: ``direct`` (O_DIRECT), ``dontcache`` (RWF_DONTCACHE) or ``buffered``.
@@ -37,12 +37,14 @@ class PosixTransport(Transport[int]):
         self.mode = mode
         self.name = f"posix/{mode}"
         self.align_bytes = ALIGN_BYTES if mode == DIRECT else 1
+        self.open_flags = os.O_DIRECT if mode == DIRECT else 0
         self._call_flags = RWF_DONTCACHE if mode == DONTCACHE else 0
 
-    @property
-    def open_flags(self) -> int:
-        """Flags a tier adds when it opens an object for this transport."""
-        return os.O_DIRECT if self.mode == DIRECT else 0
+    def attach(self, fd: int, *, writable: bool = False) -> int:
+        return fd
+
+    def detach(self, handle: int) -> None:
+        os.close(handle)
 
     def write(self, handle: int, views: Sequence[memoryview], offset: int) -> int:
         total = 0

@@ -3,6 +3,7 @@
     python tests/environments/build.py dev     # .venvs/dev:    linters, type checker, pytest; no engine
     python tests/environments/build.py vllm    # .venvs/vllm:   the same, and a real vLLM that runs on a CPU
     python tests/environments/build.py sglang  # .venvs/sglang: the same with a real SGLang
+    python tests/environments/build.py device  # .venvs/device: as dev, with NIXL, kvikio, cupy and NVRTC; no GPU needed
 
 Standard library only, because it runs before anything is installed. An environment is built once and then reused
 until one of its inputs changes; a build that was interrupted is thrown away and made again. What pip prints goes to
@@ -35,6 +36,7 @@ CONSTRAINTS = HERE / "vllm-constraints.txt"
 VLLM_SCRIPT = HERE / "vllm_packages.py"
 SGLANG_CONSTRAINTS = HERE / "sglang-constraints.txt"
 SGLANG_SCRIPT = HERE / "sglang_packages.py"
+DEVICE_REQUIREMENTS = HERE / "device-requirements.txt"
 SGLANG_SHIM = ROOT / "tests" / "engines" / "sglang" / "cpu_shim"
 
 TORCH_VERSION = "2.13.0"
@@ -208,6 +210,20 @@ def check_sglang(venv: Path, log: Path) -> None:
     run_logged([python_of(venv), SGLANG_SCRIPT, "check"], log)
 
 
+def install_device_libraries(venv: Path, log: Path) -> None:
+    """Installs what talks to storage and devices, without what it declares: torch and all of CUDA."""
+    pip(venv, log, "install", "--no-deps", "-r", DEVICE_REQUIREMENTS)
+
+
+def check_device_libraries(venv: Path, log: Path) -> None:
+    """Imports each library once, which also writes its bytecode files; none of them needs a GPU for that."""
+    program = (
+        "import coverage, cuda.bindings.nvrtc, cupy_backends.cuda.libs.nvrtc, kvikio, nixl\n"
+        "print(cuda.bindings.nvrtc.nvrtcVersion(), kvikio.__version__)\n"
+    )
+    run_logged([python_of(venv), "-c", program], log)
+
+
 ENVIRONMENTS = {
     "dev": Environment(
         name="dev",
@@ -239,6 +255,19 @@ ENVIRONMENTS = {
         project=(Step("this project and its tools", install_project), Step("import the engine", check_sglang)),
         inputs=(SGLANG_CONSTRAINTS, SGLANG_SCRIPT),
         versions=(SGLANG_VERSION, TORCHVISION_VERSION),
+        python_min=(3, 11),
+    ),
+    "device": Environment(
+        name="device",
+        base=(
+            Step("empty environment", make_venv),
+            Step("NIXL, kvikio, cupy and NVRTC", install_device_libraries),
+        ),
+        project=(
+            Step("this project and its tools", install_project),
+            Step("import the libraries", check_device_libraries),
+        ),
+        inputs=(DEVICE_REQUIREMENTS,),
         python_min=(3, 11),
     ),
 }

@@ -37,12 +37,22 @@ def test_the_tier_benchmark_runs(direct: Path, capsys: pytest.CaptureFixture[str
     ]
     for result in record["results"]:
         assert set(result["shares"]) == {"staging", "pages"}
+        assert all("(posix/direct)" in share["config"] for share in result["shares"].values())
         assert result["limit"].startswith("raw/threads=")
         assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in result["seconds"].values())
     assert str(direct) not in json.dumps(record), "no paths of this machine"
     assert (out / "tier.png").stat().st_size > 1000
     assert "staging/threads=" in capsys.readouterr().out
     assert [p.name for p in direct.iterdir()] == ["out"], "it cleans up"
+
+
+def test_a_transport_that_is_not_to_be_had_is_no_result(direct: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--directory", str(direct), "--json", str(direct / "x.json"), "--transport", "posix,gds"]
+    assert bench_tier.main(arguments) == bench_tier.REFUSED
+    assert "kvikio" in capsys.readouterr().err
+    assert list(direct.iterdir()) == []
+    with pytest.raises(SystemExit):
+        bench_tier.main(["--transport", "rdma"])
 
 
 def test_where_direct_io_is_refused_there_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

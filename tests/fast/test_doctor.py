@@ -173,6 +173,49 @@ def test_a_machine_without(tmp_path: Path) -> None:
     assert "PCIe distance" not in findings
 
 
+def test_the_transport_that_would_be_taken_is_told_with_its_reason(tier: Path) -> None:
+    findings = by_name(gpu.check(Host(), str(tier)))
+    assert findings["transport (host KV)"].value == "posix, staged in host memory"
+    assert "host memory" in findings["transport (host KV)"].why
+    assert "lacks" in findings["transport (gpu KV)"].why or findings["transport (gpu KV)"].value.startswith("gds/")
+
+
+@pytest.mark.parametrize(
+    ("environ", "name", "verdict", "says"),
+    [
+        ({"MEMKV_ENGINES_GDS": "on"}, "transport (host KV)", NOTE, "KV caches in GPU memory"),
+        ({"MEMKV_ENGINES_TRANSPORT": "posix"}, "transport (gpu KV)", OK, "transport=posix"),
+        ({"MEMKV_ENGINES_TRANSPORT": "rdma"}, "transport", PROBLEM, "give one of"),
+        ({"PYTHONPATH": "nowhere", "PYTHONSAFEPATH": "1"}, "transport (host KV)", OK, "host memory"),
+    ],
+)
+def test_the_configuration_decides_what_is_told(
+    environ: dict[str, str], name: str, verdict: str, says: str, tier: Path
+) -> None:
+    finding = by_name(gpu.check(Host(environ={**os.environ, **environ}), str(tier)))[name]
+    assert finding.verdict == verdict
+    assert says in finding.why
+
+
+def test_a_decision_that_cannot_be_made_does_not_stop_the_report(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.sys, "executable", "/bin/false")
+    assert by_name(gpu.check(Host(), str(tier)))["transport"].value == "cannot be told"
+
+
+def test_plugins_of_nixl_are_each_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("nixl_cu13", "nixl_cu13.libs/nixl", ".nixl_cu13.mesonpy.libs/plugins", "other.libs/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "libplugin_GDS.so").write_bytes(b"no library")
+    (tmp_path / "nixl_cu13.libs/nixl/libplugin_TWICE.so").write_bytes(b"only where NIXL does not look")
+    (tmp_path / "nixl_cu13/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu, "version_of", lambda name: "1.4.1" if name == "nixl-cu13" else "")
+    found = list(gpu._nixl(Host(environ={})))
+    assert [finding.name for finding in found] == ["NIXL", "GDS"]
+    assert "1.5.0 is the first" in found[0].why
+    assert found[1].verdict == NOTE
+
+
 def test_a_container_with_half_a_core_and_no_huge_pages(gpu_host: Host) -> None:
     findings = by_name(machine.check(gpu_host))
     assert "may use 0.5" in findings["cores"].value

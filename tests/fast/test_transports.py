@@ -1,136 +1,25 @@
-"""The transport contract, once for every implementation, and what is special to POSIX."""
+"""The transport contract for what needs no device library, and what is special to POSIX."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
-import random
 import resource
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from memkv_engines.errors import ChunkMissing, ChunkTruncated, TierFull, TierUnavailable, TransportError
-from memkv_engines.limits import ALIGN_BYTES, KIB, MAX_IOVECS_PER_CALL
+from memkv_engines.limits import ALIGN_BYTES, KIB
 from memkv_engines.transports import posix
-from memkv_engines.transports.base import Transport
 from memkv_engines.transports.memory import MemoryTransport
 from memkv_engines.transports.posix import BUFFERED, DIRECT, DONTCACHE, PosixTransport, probe_modes
-from tests.fast.samples import aligned, noise
-
-PAGE = ALIGN_BYTES
-
-
-def blank(length: int) -> memoryview:
-    return aligned(b"\xee" * length)
-
-
-class TransportContract(ABC):
-    """What every transport does. Lengths and offsets are multiples of ``ALIGN_BYTES``, as tiers use them."""
-
-    @pytest.fixture
-    @abstractmethod
-    def transport(self) -> Transport[Any]:
-        """The transport."""
-
-    @pytest.fixture
-    @abstractmethod
-    def handle(self) -> Any:
-        """An empty open object."""
-
-    @abstractmethod
-    def contents(self, handle: Any) -> bytes:
-        """What lies in the object, read without the transport."""
-
-    @abstractmethod
-    def cut(self, handle: Any, length: int) -> None:
-        """Shorten the object behind the transport's back."""
-
-    def test_it_says_what_it_is(self, transport: Transport[Any]) -> None:
-        assert transport.name
-        assert ALIGN_BYTES % transport.align_bytes == 0
-
-    def test_what_was_written_is_read(self, transport: Transport[Any], handle: Any) -> None:
-        data = noise(5 * PAGE)
-        assert transport.write(handle, [aligned(data[:PAGE]), aligned(data[PAGE:])], 0) == len(data)
-        assert self.contents(handle) == data
-        views = [blank(3 * PAGE), blank(2 * PAGE)]
-        transport.read(handle, views, 0)
-        assert b"".join(views) == data
-
-    def test_any_run_can_be_read_and_written(self, transport: Transport[Any], handle: Any) -> None:
-        data = bytearray(noise(6 * PAGE))
-        transport.write(handle, [aligned(bytes(data))], 0)
-        data[2 * PAGE : 4 * PAGE] = noise(2 * PAGE, seed=1)
-        transport.write(handle, [aligned(bytes(data[2 * PAGE : 4 * PAGE]))], 2 * PAGE)
-        for first in range(6):
-            for stop in range(first + 1, 7):
-                view = blank((stop - first) * PAGE)
-                transport.read(handle, [view], first * PAGE)
-                assert view == data[first * PAGE : stop * PAGE]
-
-    def test_writing_past_the_end_leaves_zeros(self, transport: Transport[Any], handle: Any) -> None:
-        transport.write(handle, [aligned(noise(PAGE))], 2 * PAGE)
-        assert self.contents(handle) == bytes(2 * PAGE) + noise(PAGE)
-
-    def test_nothing_is_written_and_read(self, transport: Transport[Any], handle: Any) -> None:
-        assert transport.write(handle, [], 0) == 0
-        transport.read(handle, [], 0)
-        assert self.contents(handle) == b""
-
-    def test_more_pieces_than_one_call_takes(self, transport: Transport[Any], handle: Any) -> None:
-        pieces = 2 * MAX_IOVECS_PER_CALL + 3
-        unit = 512
-        data = noise(pieces * unit)
-        source, target = aligned(data), blank(pieces * unit)
-        cuts = [slice(i * unit, (i + 1) * unit) for i in range(pieces)]
-        try:
-            assert transport.write(handle, [source[cut] for cut in cuts], 0) == len(data)
-        except TransportError as error:
-            pytest.skip(f"the file system wants larger pieces: {error}")
-        transport.read(handle, [target[cut] for cut in cuts], 0)
-        assert target == data == self.contents(handle)
-
-    @pytest.mark.parametrize("length", [0, 1, 511, 512, PAGE - 1, PAGE, 2 * PAGE - 1])
-    def test_a_short_object_is_truncated(self, transport: Transport[Any], handle: Any, length: int) -> None:
-        transport.write(handle, [aligned(noise(2 * PAGE))], 0)
-        self.cut(handle, length)
-        with pytest.raises(ChunkTruncated):
-            transport.read(handle, [blank(PAGE), blank(PAGE)], 0)
-        with pytest.raises(ChunkTruncated):
-            transport.read(handle, [blank(PAGE)], PAGE)
-
-    def test_reading_behind_the_end_is_truncated(self, transport: Transport[Any], handle: Any) -> None:
-        transport.write(handle, [aligned(noise(PAGE))], 0)
-        with pytest.raises(ChunkTruncated):
-            transport.read(handle, [blank(PAGE)], 64 * PAGE)
-
-    def test_threads_share_a_transport(self, transport: Transport[Any], handle: Any) -> None:
-        data = noise(16 * PAGE)
-        transport.write(handle, [aligned(data)], 0)
-
-        def read(index: int) -> bool:
-            view = blank(PAGE)
-            transport.read(handle, [view], index % 16 * PAGE)
-            return view == data[index % 16 * PAGE :][:PAGE]
-
-        with ThreadPoolExecutor(4) as threads:
-            assert all(threads.map(read, range(64)))
-
-    @pytest.mark.parametrize("seed", range(8))
-    def test_it_equals_the_reference(self, transport: Transport[Any], handle: Any, seed: int) -> None:
-        choose = random.Random(seed)
-        writes = [(choose.randrange(9), choose.randrange(1, 5)) for _ in range(6)]
-        reference, expected = MemoryTransport(), bytearray()
-        for number, (offset, pages) in enumerate(writes):
-            view = aligned(noise(pages * PAGE, number))
-            assert transport.write(handle, [view], offset * PAGE) == reference.write(expected, [view], offset * PAGE)
-        assert self.contents(handle) == bytes(expected)
+from tests.fast.samples import aligned
+from tests.fast.tier_samples import mode_works
+from tests.fast.transport_contract import PAGE, FileContract, TransportContract, blank
 
 
 class TestMemory(TransportContract):
@@ -149,33 +38,14 @@ class TestMemory(TransportContract):
         del handle[length:]
 
 
-class PosixContract(TransportContract):
+class PosixContract(FileContract):
     mode: str
 
     @pytest.fixture
-    def transport(self, handle: int) -> PosixTransport:
-        transport = PosixTransport(self.mode)
-        try:
-            transport.write(handle, [aligned(bytes(PAGE))], 0)
-        except TransportError as error:
-            pytest.skip(f"refused by this file system: {error}")
-        os.ftruncate(handle, 0)
-        return transport
-
-    @pytest.fixture
-    def handle(self, tmp_path: Path) -> Iterator[int]:
-        try:
-            fd = os.open(tmp_path / "object", os.O_RDWR | os.O_CREAT | PosixTransport(self.mode).open_flags)
-        except OSError as error:
-            pytest.skip(f"refused by this file system: {error}")
-        yield fd
-        os.close(fd)
-
-    def contents(self, handle: int) -> bytes:
-        return Path(os.readlink(f"/proc/self/fd/{handle}")).read_bytes()
-
-    def cut(self, handle: int, length: int) -> None:
-        os.ftruncate(handle, length)
+    def transport(self, tmp_path: Path) -> PosixTransport:
+        if not mode_works(tmp_path, self.mode):
+            pytest.skip(f"this file system does not take {self.mode} I/O")
+        return PosixTransport(self.mode)
 
     def test_a_full_device_is_a_full_tier(
         self, transport: PosixTransport, handle: int, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,7 @@ def examine(path: str, host: Host | None = None) -> list[Finding]:
     host = host or Host()
     return [
         *guarded(engines.AREA, engines.check),
-        *guarded(gpu.AREA, lambda: gpu.check(host)),
+        *guarded(gpu.AREA, lambda: gpu.check(host, path)),
         *guarded(machine.AREA, lambda: machine.check(host)),
         *guarded(storage.AREA, lambda: storage.check(host, path)),
     ]

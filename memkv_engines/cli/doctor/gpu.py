@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -11,21 +13,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from memkv_engines.cli.doctor.engines import version_of
-from memkv_engines.cli.doctor.finding import COMMAND_TIMEOUT_S, NOTE, OK, Finding, Host
+from memkv_engines.cli.doctor.finding import COMMAND_TIMEOUT_S, NOTE, OK, PROBLEM, Finding, Host
 
 AREA = "gpu"
 NOT_YET = "this version of memkv-engines moves KV caches in host memory only"
+GDS_NEXT = "only where the KV cache is in GPU memory: mend it, or leave gds=auto"
 NIXL_MIN = (1, 5, 0)
+# Asking imports numpy, and where GPUDirect might work it tries it.
+CHOICE_TIMEOUT_S = 60.0
 
 
-def check(host: Host) -> Iterator[Finding]:
-    """GPU and what reads storage into it."""
+def check(host: Host, path: str = "") -> Iterator[Finding]:
+    """GPU, what reads storage into it, and which transport would be taken for the tier's directory."""
     gpus = _gpus(host)
     yield from gpus
     yield _driver_library()
     yield from _gds(host, has_gpu=bool(gpus) and gpus[0].verdict == OK)
     yield from _nixl(host)
     yield from _topology(host)
+    yield from _choice(host, path)
 
 
 def _gpus(host: Host) -> list[Finding]:
@@ -63,8 +69,10 @@ def _gds(host: Host, *, has_gpu: bool) -> Iterator[Finding]:
         )
         if not is_there
     ]
-    lacks = f"; here it would lack {', '.join(missing)}" if missing else ""
-    yield Finding(AREA, "GPUDirect Storage", NOTE, "off", NOT_YET + lacks)
+    if missing:
+        yield Finding(AREA, "GPUDirect Storage", NOTE, "off", f"lacks {', '.join(missing)}", next=GDS_NEXT)
+    else:
+        yield Finding(AREA, "GPUDirect Storage", OK, "all its parts are here", "whether it is taken stands below")
     if config:
         yield Finding(AREA, "cufile.json", OK, config)
 
@@ -79,11 +87,13 @@ def _cufile_config(host: Host) -> str:
 def _nixl(host: Host) -> Iterator[Finding]:
     version = version_of("nixl-cu12") or version_of("nixl-cu13")
     if not version:
-        yield Finding(AREA, "NIXL", NOTE, "not installed", NOT_YET)
+        yield Finding(AREA, "NIXL", NOTE, "not installed", "only transport=nixl needs it")
         return
-    new_enough = tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= NIXL_MIN
-    why = NOT_YET if new_enough else f"{NOT_YET}; 1.5.0 is the first that reports short reads"
-    yield Finding(AREA, "NIXL", NOTE, version, why)
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= NIXL_MIN:
+        yield Finding(AREA, "NIXL", OK, version, "transport=nixl can be used with the plugins that load")
+    else:
+        why = "transport=nixl is refused: 1.5.0 is the first that reports short reads"
+        yield Finding(AREA, "NIXL", NOTE, version, why, "pip install -U nixl")
     for plugin in _nixl_plugins(host):
         reason = _why_not_loaded(plugin)
         yield Finding(AREA, plugin.stem.removeprefix("libplugin_"), NOTE if reason else OK, reason or "loads")
@@ -95,7 +105,12 @@ def _nixl_plugins(host: Host) -> list[Path]:
         return sorted(Path(folder).glob("libplugin_*.so"))
     spec = importlib.util.find_spec("nixl_cu12") or importlib.util.find_spec("nixl_cu13")
     places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    return sorted(plugin for place in places for plugin in place.parent.glob("*nixl*.libs/**/libplugin_*.so"))
+    # Wheels hold the plugins twice; NIXL loads those below the hidden folder, and only there are their libraries.
+    for pattern in (".{}*.libs/**/libplugin_*.so", "{}*.libs/**/libplugin_*.so"):
+        found = sorted(plugin for place in places for plugin in place.parent.glob(pattern.format(place.name)))
+        if found:
+            return found
+    return []
 
 
 def _why_not_loaded(library: Path) -> str:
@@ -116,6 +131,35 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _choice(host: Host, path: str) -> Iterator[Finding]:
+    """What the package itself would decide, asked in another process: it imports what this one may not."""
+    command = [sys.executable, "-m", "memkv_engines.transports.select", path or "."]
+    root = str(Path(__file__).resolve().parents[3])
+    environ = {**host.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [host.environ.get("PYTHONPATH")])])}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHOICE_TIMEOUT_S, env=environ)
+        answers = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        yield Finding(AREA, "transport", NOTE, f"not decided after {CHOICE_TIMEOUT_S:.0f} s", "a driver may hang")
+        return
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        yield Finding(AREA, "transport", NOTE, "cannot be told", last, "mend what stands above first")
+        return
+    if "error" in answers:
+        yield Finding(AREA, "transport", PROBLEM, "the configuration is refused", answers["error"])
+        return
+    for medium in ("host", "gpu"):
+        answer = answers[medium]
+        name = f"transport ({medium} KV)"
+        if "error" in answer:
+            # A policy for GPUs is wrong for host memory only where there is a GPU to run on.
+            yield Finding(AREA, name, NOTE, "refused", answer["error"])
+        else:
+            value = f"{answer['kind']}, staged in {answer['medium']} memory"
+            yield Finding(AREA, name, OK, value, answer["reason"])
 
 
 def _topology(host: Host) -> Iterator[Finding]:
