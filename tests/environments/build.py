@@ -210,6 +210,12 @@ def check_sglang(venv: Path, log: Path) -> None:
     run_logged([python_of(venv), SGLANG_SCRIPT, "check"], log)
 
 
+def install_cuda_bindings(venv: Path, log: Path) -> None:
+    """Installs what calls the CUDA driver: engines on a CPU take the device path on a fake one."""
+    lines = DEVICE_REQUIREMENTS.read_text().splitlines()
+    pip(venv, log, "install", "--no-deps", *(line for line in lines if line.startswith("cuda-")))
+
+
 def install_device_libraries(venv: Path, log: Path) -> None:
     """Installs what talks to storage and devices, without what it declares: torch and all of CUDA."""
     pip(venv, log, "install", "--no-deps", "-r", DEVICE_REQUIREMENTS)
@@ -239,7 +245,11 @@ ENVIRONMENTS = {
             Step("vLLM's requirements", install_vllm_requirements),
             Step("fit vLLM to a CPU", fit_vllm),
         ),
-        project=(Step("this project and its tools", install_project), Step("import the engine", check_vllm)),
+        project=(
+            Step("this project and its tools", install_project),
+            Step("CUDA's Python bindings", install_cuda_bindings),
+            Step("import the engine", check_vllm),
+        ),
         inputs=(CONSTRAINTS, VLLM_SCRIPT),
         python_min=(3, 11),
     ),
@@ -252,7 +262,11 @@ ENVIRONMENTS = {
             Step("SGLang's requirements", install_sglang_requirements),
             Step("what SGLang lacks on a CPU", install_sglang_shim),
         ),
-        project=(Step("this project and its tools", install_project), Step("import the engine", check_sglang)),
+        project=(
+            Step("this project and its tools", install_project),
+            Step("CUDA's Python bindings", install_cuda_bindings),
+            Step("import the engine", check_sglang),
+        ),
         inputs=(SGLANG_CONSTRAINTS, SGLANG_SCRIPT),
         versions=(SGLANG_VERSION, TORCHVISION_VERSION),
         python_min=(3, 11),
