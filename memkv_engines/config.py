@@ -28,6 +28,11 @@ from memkv_engines.limits import (
 ENV_PREFIX = "MEMKV_ENGINES_"
 
 
+def split_paths(path: str) -> list[str]:
+    """The directories a ``path`` names: one, or several with commas between them."""
+    return [part for part in (part.strip() for part in path.split(",")) if part]
+
+
 def _key(default: Any, help_: str, *, choices: tuple[str, ...] = (), low: float = 0, high: float = 2**62) -> Any:
     return field(default=default, metadata={"help": help_, "choices": choices, "low": low, "high": high})
 

@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from memkv_engines.errors import TierFull, TierUnavailable
 from memkv_engines.tier.folders import as_tier_error
+from memkv_engines.tier.records import read_record
 
 NAME = ".usage"
 _MAGIC = b"MEMKVUS2"
@@ -140,14 +141,28 @@ class UsageFile:
             self._fd = -1
 
     def _read(self) -> Count:
-        data = os.pread(self._fd, _RECORD.size, 0)
-        if len(data) != _RECORD.size:
-            return Count(0, 0)
-        magic, used, corrections, digest = _RECORD.unpack(data)
-        if magic != _MAGIC or digest != xxh3_64_intdigest(data[: _BODY.size]):
-            return Count(0, 0)
-        return Count(used, corrections)
+        return _decode(os.pread(self._fd, _RECORD.size, 0))
 
     def _write(self, count: Count) -> None:
         body = _BODY.pack(_MAGIC, min(count.used_bytes, 2**64 - 1), count.corrections % 2**64)
         os.pwrite(self._fd, body + xxh3_64_intdigest(body).to_bytes(8, "little"), 0)
+
+
+def read_count(root_fd: int, name: str = NAME) -> Count | None:
+    """What is counted, without a lock and without making the file; None if nobody counts.
+
+    Raises:
+        ChunkForeign: what is there is not a file of ours.
+        OSError: it cannot be read.
+    """
+    data = read_record(root_fd, name, _RECORD.size)
+    return _decode(data) if data is not None else None
+
+
+def _decode(data: bytes) -> Count:
+    if len(data) != _RECORD.size:
+        return Count(0, 0)
+    magic, used, corrections, digest = _RECORD.unpack(data)
+    if magic != _MAGIC or digest != xxh3_64_intdigest(data[: _BODY.size]):
+        return Count(0, 0)
+    return Count(used, corrections)
