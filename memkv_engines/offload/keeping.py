@@ -11,8 +11,15 @@ from memkv_engines.errors import MemKVError
 from memkv_engines.limits import EVICT_PAUSE_MAX_S, EVICT_PAUSE_S, UPKEEP_EVERY_S
 from memkv_engines.log import Throttle, get_logger
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import StripedTier
 
 log = get_logger(__name__)
+
+
+def start_keepers(tier: DirectoryTier | StripedTier) -> list[Keeper]:
+    """A keeper for each directory of a tier."""
+    directories = tier.directories if isinstance(tier, StripedTier) else [tier]
+    return [Keeper(directory) for directory in directories]
 
 
 class Keeper:
