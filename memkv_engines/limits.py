@@ -43,11 +43,11 @@ MAX_VICTIMS_HELD = 65_536
 """Chunks one eviction removes at most; it is what bounds its memory (about 400 B each)."""
 UPKEEP_EVERY_S = 600.0
 """How often a keeper looks for expired chunks, and counts what tenants with a quota hold."""
-TOUCH_EVERY_S = 60.0
+TOUCH_EVERY_NS = 60 * 10**9
 """A chunk's time of use is as coarse as this."""
 DRIVE_DOWN_S = 30.0
 """A drive that refused a store is not asked for another one for this long."""
-CLOCK_SLACK_S = 3600.0
+CLOCK_SLACK_S = 3600
 """A file's time further in the future is not believed: a clock jumped, and the chunk counts as old."""
 MAX_MANIFEST_BYTES = 64 * KIB
 MAX_POLICY_BYTES = 4 * KIB

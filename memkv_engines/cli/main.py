@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="memkv-engines", description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="what is here, which paths work, why others do not, what to do next")
-    doctor.add_argument("path", nargs="?", default="", help="directory of the tier; measured with scratch files")
+    doctor.add_argument(
+        "path", nargs="?", default="", help="tier directory, or several as a,b; measured with scratch files"
+    )
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
     config = commands.add_parser("config", help="show every configuration key, its value and where it came from")

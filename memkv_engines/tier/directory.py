@@ -30,7 +30,7 @@ from memkv_engines.limits import (
     MAX_CHUNK_BYTES,
     MAX_OPEN_BUCKETS,
     MAX_VARIANTS_EXAMINED,
-    TOUCH_EVERY_S,
+    TOUCH_EVERY_NS,
 )
 from memkv_engines.tier import listing
 from memkv_engines.tier.base import ChunkReader, PutResult, Tier
@@ -127,7 +127,8 @@ class DirectoryTier(Tier):
             if isinstance(error, TierFull):
                 self._full_until = time.monotonic() + _FULL_BACKOFF_S
             raise
-        self._account(folder, -replaced)
+        if replaced:
+            self._account(folder, -replaced)
         return PutResult(written, False)
 
     def _reserve(self, folder: str, size_bytes: int) -> None:
@@ -247,6 +248,9 @@ class DirectoryTier(Tier):
             if info.st_size > MAX_CHUNK_BYTES:
                 raise ChunkForeign(f"{info.st_size} B is larger than any chunk: {name.text}")
             self._touch(fd, info)
+        except OSError as error:
+            os.close(fd)
+            raise TransportError(f"cannot look at a chunk: {error.strerror}") from error
         except BaseException:
             os.close(fd)
             raise
@@ -256,15 +260,15 @@ class DirectoryTier(Tier):
         """Note that a chunk was used, for eviction: mounts with ``noatime`` do not, and direct reads may not either."""
         if self._read_only:
             return
-        now = time.time_ns()
-        future = max(info.st_atime_ns, info.st_mtime_ns) > now + CLOCK_SLACK_S * 1e9
-        if future or info.st_atime_ns <= info.st_mtime_ns or now - info.st_atime_ns > TOUCH_EVERY_S * 1e9:
-            # A time in the future is from before a clock was set back: the chunk would never be old.
-            written = now if future else info.st_mtime_ns
-            try:
-                os.utime(fd, ns=(max(now, written + 1), written))
-            except OSError:
-                pass  # Another user's file, or a read-only mount: it is read, and its use not noted.
+        now, used, written = time.time_ns(), info.st_atime_ns, info.st_mtime_ns
+        if written < used <= now < used + TOUCH_EVERY_NS:
+            return
+        if max(used, written) > now + CLOCK_SLACK_S * 10**9:
+            written = now  # It is from before a clock was set back, and would never be old.
+        try:
+            os.utime(fd, ns=(max(now, written + 1), written))
+        except OSError:
+            pass  # Another user's file, or a read-only mount: it is read, and its use not noted.
 
     def exists(self, folder: str, names: Iterable[ChunkName]) -> list[bool]:
         return [self._exists(folder, name) for name in names]
@@ -302,6 +306,9 @@ class DirectoryTier(Tier):
 
         Returns:
             Bytes held by chunks below the root.
+
+        Raises:
+            TierError: a folder cannot be listed, or the count not written; it stays as it was.
         """
         with self._lock:
             written_before = self._written_bytes

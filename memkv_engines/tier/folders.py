@@ -30,8 +30,15 @@ class Folder:
 
 @contextlib.contextmanager
 def only_one(root_fd: int) -> Iterator[bool]:
-    """Whether this is the only eviction under way in a directory; for as long as the context lasts."""
-    fd = os.open(_EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    """Whether this is the only eviction under way in a directory; for as long as the context lasts.
+
+    Raises:
+        TierFull, TierUnavailable: nobody can tell.
+    """
+    try:
+        fd = os.open(_EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    except OSError as error:
+        raise as_tier_error(error, f"cannot open {_EVICTING}") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,21 +6,30 @@ than the names of one namespace's buckets and of the namespaces themselves.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from memkv_engines.errors import TierUnavailable
 from memkv_engines.keys import ChunkName
 from memkv_engines.tier.eviction import StoredChunk
 from memkv_engines.tier.folders import DIR_FLAGS
 from memkv_engines.tier.records import TEMPORARY, is_bucket, is_namespace, parse_name
 
+# It was removed meanwhile, or something else is there now.
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 OnError = Callable[[str, OSError], None]
 
 
-def _ignore(_place: str, _error: OSError) -> None:
-    """A folder that cannot be listed holds nothing as far as a scan is concerned."""
+def refuse(place: str, error: OSError) -> None:
+    """What to do about a folder that cannot be listed, unless the caller knows better: a part is not the whole.
+
+    Raises:
+        TierUnavailable: always.
+    """
+    raise TierUnavailable(f"cannot list {place}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -55,17 +64,17 @@ class Entry:
         )
 
 
-def namespaces(root_fd: int, on_error: OnError = _ignore) -> list[str]:
+def namespaces(root_fd: int, on_error: OnError = refuse) -> list[str]:
     """Names of the namespace folders below a root, sorted."""
     return sorted(name for name, is_dir in _scan(root_fd, ".", ".", on_error) if is_dir and is_namespace(name))
 
 
-def chunks(root_fd: int, folder: str, on_error: OnError = _ignore) -> Iterator[Entry]:
+def chunks(root_fd: int, folder: str, on_error: OnError = refuse) -> Iterator[Entry]:
     """Every chunk of a namespace; what is foreign is passed over."""
     return (entry for entry in files(root_fd, folder, on_error) if entry.name is not None)
 
 
-def files(root_fd: int, folder: str, on_error: OnError = _ignore) -> Iterator[Entry]:
+def files(root_fd: int, folder: str, on_error: OnError = refuse) -> Iterator[Entry]:
     """Every file in the buckets of a namespace, foreign ones too, and the temporary files beside them."""
     fd = _open(root_fd, folder, folder, on_error)
     if fd < 0:
@@ -76,18 +85,18 @@ def files(root_fd: int, folder: str, on_error: OnError = _ignore) -> Iterator[En
             if is_dir and is_bucket(text):
                 buckets.append(text)
             elif text.startswith(TEMPORARY):
-                yield from _entry(fd, folder, folder, text, None)
+                yield from _entry(fd, folder, folder, text, None, on_error)
         for bucket in buckets:
             yield from _bucket(fd, folder, bucket, on_error)
     finally:
         os.close(fd)
 
 
-def root_temporaries(root_fd: int) -> Iterator[Entry]:
+def root_temporaries(root_fd: int, on_error: OnError = refuse) -> Iterator[Entry]:
     """Temporary files in the root itself."""
-    for text, is_dir in _scan(root_fd, ".", ".", _ignore):
+    for text, is_dir in _scan(root_fd, ".", ".", on_error):
         if not is_dir and text.startswith(TEMPORARY):
-            yield from _entry(root_fd, "", ".", text, None)
+            yield from _entry(root_fd, "", ".", text, None, on_error)
 
 
 def _bucket(namespace_fd: int, folder: str, bucket: str, on_error: OnError) -> Iterator[Entry]:
@@ -98,16 +107,21 @@ def _bucket(namespace_fd: int, folder: str, bucket: str, on_error: OnError) -> I
     try:
         for text, is_dir in _scan(fd, ".", place, on_error):
             if not is_dir:
-                yield from _entry(fd, folder, place, text, parse_name(text, bucket))
+                yield from _entry(fd, folder, place, text, parse_name(text, bucket), on_error)
     finally:
         os.close(fd)
 
 
-def _entry(dir_fd: int, folder: str, place: str, text: str, name: ChunkName | None) -> Iterator[Entry]:
+def _entry(
+    dir_fd: int, folder: str, place: str, text: str, name: ChunkName | None, on_error: OnError
+) -> Iterator[Entry]:
     try:
         info = os.stat(text, dir_fd=dir_fd, follow_symlinks=False)
-    except OSError:
+    except FileNotFoundError:
         return  # It was removed meanwhile.
+    except OSError as error:
+        on_error(f"{place}/{text}", error)
+        return
     yield Entry(folder, place, dir_fd, text, info, name if stat.S_ISREG(info.st_mode) else None)
 
 
@@ -129,8 +143,7 @@ def _scan(parent_fd: int, name: str, place: str, on_error: OnError) -> Iterator[
 def _open(parent_fd: int, name: str, place: str, on_error: OnError) -> int:
     try:
         return os.open(name, DIR_FLAGS, dir_fd=parent_fd)
-    except FileNotFoundError:
-        return -1  # It was removed meanwhile.
     except OSError as error:
-        on_error(place, error)
+        if error.errno not in _NO_FOLDER:
+            on_error(place, error)
         return -1

@@ -14,7 +14,7 @@ import stat
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
@@ -29,8 +29,7 @@ _RECORD = struct.Struct("<8sQQQ")
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """Bytes held, and how often a scan has corrected them; never, where the file was lost or damaged."""
 
     used_bytes: int

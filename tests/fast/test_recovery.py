@@ -273,6 +273,26 @@ def test_a_count_that_claims_too_much_evicts_nothing(tmp_path: Path) -> None:
     tier.close()
 
 
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_a_part_that_cannot_be_listed_is_not_taken_for_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    tier = DirectoryTier(tmp_path / "kv", direct_io="off", capacity_bytes=100 * PAGE)
+    for number in range(98):
+        put(tier, make_name(4, str(number)), noise(PAGE))
+    tier.scan()
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            listing.os, call, lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+        )
+        for action in (tier.scan, tier.evict, lambda: list(tier.names(NAMESPACE.folder))):
+            with pytest.raises(TierUnavailable, match="cannot list"):
+                action()
+        assert tier.used_bytes() == 98 * PAGE
+    assert tier.evict() == 8 * PAGE
+    tier.close()
+
+
 @pytest.mark.parametrize("plant", ["link", "fifo", "folder", "socket"])
 @pytest.mark.timeout(20)
 def test_a_count_that_is_no_file_of_ours_is_refused_with_a_remedy(tmp_path: Path, plant: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["add_parser"]
@@ -96,12 +97,16 @@ def _add_policy(what: Any) -> None:
     )
     command.add_argument("--namespace", metavar="NAME", help="the namespace to decide about; a prefix will do")
     pin = command.add_mutually_exclusive_group()
-    pin.add_argument("--pin", dest="pin", action="store_const", const=True, help="never evict its chunks")
+    pin.add_argument("--pin", dest="pin", action="store_const", const=True, help="never evict its chunks (they expire)")
     pin.add_argument("--unpin", dest="pin", action="store_const", const=False)
     command.add_argument("--priority", type=int, help="-100 to 100: chunks of a lower one are evicted first")
-    command.add_argument("--ttl", type=duration, metavar="AGE", help="remove chunks written so long ago; off for never")
+    command.add_argument(
+        "--ttl", type=_or_off(duration), metavar="AGE", help="remove chunks written so long ago; off for never"
+    )
     command.add_argument("--tenant", help="the tenant to decide about")
-    command.add_argument("--quota", type=size, metavar="SIZE", help="bytes it may hold in all directories; off for any")
+    command.add_argument(
+        "--quota", type=_or_off(size), metavar="SIZE", help="bytes it may hold in all directories; off for any number"
+    )
 
 
 def _add(what: Any, name: str, module: str, text: str, outcome: str) -> argparse.ArgumentParser:
@@ -118,16 +123,21 @@ def _run(module: str, name: str, arguments: argparse.Namespace) -> int:
 
 
 def size(text: str) -> int:
-    """Bytes from ``10G``, ``10GiB`` or ``10737418240``; units are powers of 1024. 0 from ``off``."""
+    """Bytes from ``10G``, ``10GiB`` or ``10737418240``; units are powers of 1024."""
     match = re.fullmatch(r"(\d{1,18})\s*([kmgt]?)(?:i?b)?", text.strip().lower(), re.ASCII)
-    if match is None and text != "off":
+    if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give 500G, 10GiB or a number of bytes")
-    return int(match[1]) * _UNITS[match[2]] if match else 0
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def duration(text: str) -> int:
-    """Seconds from ``90s``, ``15m``, ``12h``, ``7d`` or ``2w``. 0 from ``off``."""
+    """Seconds from ``90s``, ``15m``, ``12h``, ``7d`` or ``2w``."""
     match = re.fullmatch(r"(\d{1,12})\s*([smhdw])", text.strip().lower(), re.ASCII)
-    if match is None and text != "off":
+    if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no age: give 90s, 15m, 12h, 7d or 2w")
-    return int(match[1]) * _SECONDS[match[2]] if match else 0
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+def _or_off(parse: Callable[[str], int]) -> Callable[[str], int]:
+    """Where nothing may be asked for too: 0 from ``off``. Never for what is removed."""
+    return lambda text: 0 if text == "off" else parse(text)

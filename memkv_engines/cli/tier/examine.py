@@ -124,7 +124,7 @@ def _unchanged(entry: Entry) -> bool:
 def _findings(root: Root, arguments: argparse.Namespace, summary: dict[str, int], bar: Progress) -> Iterator[Finding]:
     folders = chosen(root, arguments.namespace)
     if not arguments.namespace:
-        yield from filter(None, map(_leftover, listing.root_temporaries(root.fd)))
+        yield from filter(None, map(_leftover, listing.root_temporaries(root.fd, root.note)))
         yield from _record_findings(root)
     for folder in folders:
         yield from _namespace_findings(root, folder)

@@ -157,7 +157,7 @@ def _stat_root(root: Root) -> dict[str, Any]:
     quotas = _quotas(root, warnings)
     tenants = {tenant: {"bytes": 0, "quota_bytes": quota} for tenant, quota in quotas.tenants.items()}
     body = {"chunks": 0, "bytes": 0, "loaded_chunks": 0, "leftovers": 0, "foreign_files": 0}
-    body["leftovers"] = sum(1 for entry in listing.root_temporaries(root.fd) if is_leftover(entry.info))
+    body["leftovers"] = sum(1 for entry in listing.root_temporaries(root.fd, root.note) if is_leftover(entry.info))
     folders = chosen(root, [])
     for folder in folders:
         totals = _total(root, folder, tokens=False)
