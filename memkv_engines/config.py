@@ -28,16 +28,27 @@ from memkv_engines.limits import (
 ENV_PREFIX = "MEMKV_ENGINES_"
 
 
-def _key(default: Any, help_: str, *, choices: tuple[str, ...] = (), low: float = 0, high: float = 2**62) -> Any:
-    return field(default=default, metadata={"help": help_, "choices": choices, "low": low, "high": high})
+def split_paths(path: str) -> list[str]:
+    """The directories a ``path`` names: one, or several with commas between them."""
+    return [part for part in (part.strip() for part in path.split(",")) if part]
+
+
+def _key(
+    default: Any, help_: str, *, choices: tuple[str, ...] = (), low: float = 0, high: float = 2**62, many: bool = False
+) -> Any:
+    return field(default=default, metadata={"help": help_, "choices": choices, "low": low, "high": high, "many": many})
 
 
 @dataclass(frozen=True)
 class TierConfig:
     """Where chunks live."""
 
-    path: str = _key("", "directory of the tier (NVMe or a shared mount); required")
-    capacity_bytes: int = _key(0, "bound on the bytes of all chunks in the directory; 0 means none")
+    path: str = _key(
+        "",
+        "directory of the tier (NVMe or a shared mount), or several, one per drive: a list, or a,b; required",
+        many=True,
+    )
+    capacity_bytes: int = _key(0, "bound on the bytes of all chunks in the directory (in each); 0 means none")
     eviction: str = _key(
         "segmented_lru",
         "what goes when capacity_bytes is nearly reached: chunks never read first (segmented_lru), the least recently "
@@ -192,7 +203,7 @@ def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, st
             values[group][name] = _convert(_field_of(group, name), raw, source)
             sources[name] = source
     config = Config(**{g: cls(**values[g]) for g, cls in _GROUPS.items()}, sources=sources)
-    if not config.tier.path:
+    if not split_paths(config.tier.path):
         raise ConfigError(
             "key 'path' is missing: give the tier's directory, e.g. "
             '--kv-transfer-config \'{"kv_connector": "MemKVConnector", "kv_role": "kv_both", '
@@ -240,6 +251,10 @@ def _convert(spec: dataclasses.Field[Any], raw: Any, source: str) -> Any:
         if not spec.metadata["low"] <= value <= spec.metadata["high"]:
             raise reject(f"give a number from {spec.metadata['low']} to {spec.metadata['high']}")
         return value
+    if spec.metadata["many"] and isinstance(raw, list):
+        if not raw or not all(isinstance(item, str) and item.strip() and "," not in item for item in raw):
+            raise reject("give a list of texts without commas")
+        return ",".join(raw)
     # YAML reads a bare `on` or `off` as a boolean; the switches of this file are words.
     value = {True: "on", False: "off"}[raw] if isinstance(raw, bool) and spec.metadata["choices"] else raw
     if not isinstance(value, str):

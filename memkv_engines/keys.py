@@ -65,6 +65,11 @@ def namespace_folder(digest: bytes) -> str:
     return digest[:16].hex()
 
 
+def namespace_folder_of(canonical_json: bytes) -> str:
+    """Folder name for the canonical form of a namespace."""
+    return namespace_folder(hashlib.sha256(canonical_json).digest())
+
+
 @dataclass(frozen=True, order=True)
 class Shard:
     """The part of a chunk one parallel rank owns, as a canonical range rather than a rank number.

@@ -39,9 +39,28 @@ EVICT_ABOVE_SHARE = 0.95
 EVICT_TO_SHARE = 0.90
 EVICT_PAUSE_S = 1.0
 """Between two evictions of one process: a listing of the whole directory is not for free."""
-TOUCH_EVERY_S = 60.0
+EVICT_PAUSE_MAX_S = 30.0
+"""The pause doubles up to this while nothing can be removed, as where everything is pinned."""
+MAX_VICTIMS_HELD = 65_536
+"""Chunks one eviction removes at most; it is what bounds its memory (about 400 B each)."""
+UPKEEP_EVERY_S = 600.0
+"""How often a keeper looks for expired chunks, and counts what tenants with a quota hold."""
+TOUCH_EVERY_NS = 60 * 10**9
 """A chunk's time of use is as coarse as this."""
+DRIVE_DOWN_S = 30.0
+"""A drive that refused a store is not asked for another one for this long."""
+CLOCK_SLACK_S = 3600
+"""A file's time further in the future is not believed: a clock jumped, and the chunk counts as old."""
 MAX_MANIFEST_BYTES = 64 * KIB
+MAX_POLICY_BYTES = 4 * KIB
+MAX_QUOTAS_BYTES = 256 * KIB
+MAX_TENANTS_WITH_QUOTA = 256
+"""Each has a descriptor of its own in every process that stores."""
+MAX_TTL_S = 10 * 365 * 86_400
+MAX_PRIORITY = 100
+"""Priorities go from -100 to 100."""
+POLICY_REFRESH_S = 10.0
+"""A process sees a changed quota after this long at the latest; costs one ``stat`` each time."""
 
 # --- transports -------------------------------------------------------------
 TRANSFER_TIMEOUT_S = 20.0

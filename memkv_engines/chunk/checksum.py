@@ -29,10 +29,17 @@ def block_digest(block: memoryview, chain_hash: bytes, index: int) -> bytes:
     Returns:
         16 bytes. Holds the GIL for at most one leaf (16 KiB, under 1 us) at a time.
     """
-    length = block.nbytes
-    parts = [_PREFIX.pack(chain_hash, index, length)]
-    parts += [xxh3_64_digest(block[offset : offset + LEAF_BYTES]) for offset in range(0, length, LEAF_BYTES)]
-    return xxh3_128_digest(b"".join(parts))
+    return digest_of_leaves(leaf_digests(block), chain_hash, index, block.nbytes)
+
+
+def leaf_digests(piece: memoryview) -> list[bytes]:
+    """Digests of the leaves of a block, or of a piece of it that is a whole number of leaves long or its last."""
+    return [xxh3_64_digest(piece[offset : offset + LEAF_BYTES]) for offset in range(0, piece.nbytes, LEAF_BYTES)]
+
+
+def digest_of_leaves(leaves: list[bytes], chain_hash: bytes, index: int, block_bytes: int) -> bytes:
+    """Digest of a block whose leaves have these digests, see ``block_digest``."""
+    return xxh3_128_digest(b"".join([_PREFIX.pack(chain_hash, index, block_bytes), *leaves]))
 
 
 def block_digest_of_leaves(leaves: bytes, length_bytes: int, chain_hash: bytes, index: int) -> bytes:

@@ -1,7 +1,7 @@
 """``memkv-engines``: look at the machine, at a configuration and at a tier.
 
-Exit codes: 0 all is well, 1 the doctor found a problem or the tier holds damaged chunks, 2 the call or the
-configuration is wrong.
+Exit codes: 0 all is well, 1 something was found (the doctor: a problem; `tier verify`: damage; each command's help says
+what), 2 the call or the configuration is wrong or a place cannot be reached, 130 interrupted.
 
 What a command needs is imported when it runs: the doctor must print where dependencies are missing.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
+from memkv_engines.cli import tier
 from memkv_engines.errors import MemKVError
 
 
@@ -21,32 +23,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
         return code
     except MemKVError as error:
         print(f"memkv-engines: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who read our output has had enough. Python would complain once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="memkv-engines", description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="what is here, which paths work, why others do not, what to do next")
-    doctor.add_argument("path", nargs="?", default="", help="directory of the tier; measured with scratch files")
+    doctor.add_argument(
+        "path", nargs="?", default="", help="tier directory, or several as a,b; measured with scratch files"
+    )
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
     config = commands.add_parser("config", help="show every configuration key, its value and where it came from")
     config.add_argument("pairs", nargs="*", metavar="KEY=VALUE", help="as in the engine's extra config")
     config.add_argument("--json", action="store_true")
     config.set_defaults(run=_show_config)
-    tier = commands.add_parser("tier", help="look at a tier directory").add_subparsers(required=True, metavar="WHAT")
-    for name, run, text in (
-        ("stat", _tier_stat, "namespaces, chunks and bytes"),
-        ("verify", _tier_verify, "read every chunk and check every digest"),
-    ):
-        command = tier.add_parser(name, help=text)
-        command.add_argument("path")
-        command.add_argument("--json", action="store_true")
-        command.set_defaults(run=run)
+    tier.add_parser(commands)
     return parser
 
 
@@ -66,33 +69,6 @@ def _show_config(arguments: argparse.Namespace) -> int:
     else:
         print(config.describe())
     return 0
-
-
-def _tier_stat(arguments: argparse.Namespace) -> int:
-    from memkv_engines.cli.tier import stat_tier
-
-    namespaces = stat_tier(arguments.path)
-    if arguments.json:
-        print(json.dumps(namespaces, indent=2))
-        return 0
-    for entry in namespaces:
-        print(f"{entry['namespace']}  {entry['chunks']} chunks  {entry['bytes'] / 2**20:,.1f} MiB  {entry['identity']}")
-    if not namespaces:
-        print("no namespaces")
-    return 0
-
-
-def _tier_verify(arguments: argparse.Namespace) -> int:
-    from memkv_engines.cli.tier import verify_tier
-
-    report = verify_tier(arguments.path, progress=not arguments.json)
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print(f"{report['chunks']} chunks, {report['bytes'] / 2**20:,.1f} MiB, {len(report['damaged'])} damaged")
-        for entry in report["damaged"]:
-            print(f"  {entry['kind']}: {entry['name']} ({entry['why']})")
-    return 1 if report["damaged"] else 0
 
 
 if __name__ == "__main__":

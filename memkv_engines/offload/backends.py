@@ -17,7 +17,7 @@ import msgspec
 from memkv_engines.errors import IoServiceError
 from memkv_engines.limits import SERVICE_REAP_TIMEOUT_S, SHUTDOWN_DRAIN_TIMEOUT_S
 from memkv_engines.offload.channel import EngineEnd
-from memkv_engines.offload.keeping import Keeper
+from memkv_engines.offload.keeping import start_keepers
 from memkv_engines.offload.messages import Ready, Reply, Request, Setup, Stop, decode_reply, encode
 from memkv_engines.offload.pages import GatedPages, MappedPages
 from memkv_engines.offload.process import open_tier
@@ -118,7 +118,7 @@ class ThreadBackend:
         tier = open_tier(setup)
         self._service = IoService(setup, tier, self._gate, self._replies.append)
         self._service.start()
-        self._keeper = None if setup.read_only else Keeper(tier)
+        self._keepers = [] if setup.read_only else start_keepers(tier)
         self._replies.append(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason))
 
     def send(self, message: Request) -> None:
@@ -133,8 +133,8 @@ class ThreadBackend:
             time.sleep(0.0005)
 
     def kill(self) -> None:
-        if self._keeper is not None:
-            self._keeper.stop()
+        for keeper in self._keepers:
+            keeper.stop()
         if self._gate is not None:
             self._gate.close()
 

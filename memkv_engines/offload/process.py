@@ -13,14 +13,16 @@ import signal
 import socket
 import sys
 
+from memkv_engines.config import split_paths
 from memkv_engines.errors import IoServiceError, MemKVError
 from memkv_engines.limits import SHUTDOWN_DRAIN_TIMEOUT_S
 from memkv_engines.offload.channel import ServiceEnd
-from memkv_engines.offload.keeping import Keeper
+from memkv_engines.offload.keeping import start_keepers
 from memkv_engines.offload.messages import Ready, Reply, Setup, Stop, decode_request, encode
 from memkv_engines.offload.pages import Pages, ProcessVmPages
 from memkv_engines.offload.service import IoService
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import StripedTier, open_directories
 from memkv_engines.transports.select import Policy, plan
 
 _PR_SET_PDEATHSIG = 1
@@ -53,26 +55,27 @@ def main(argv: list[str]) -> int:
     service = IoService(setup, tier, pages, lambda reply: _send(end, reply))
     service.start()
     if not setup.read_only:
-        Keeper(tier)
+        start_keepers(tier)
     end.send(encode(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason)))
     return _serve(end, service, messages)
 
 
-def open_tier(setup: Setup) -> DirectoryTier:
-    """Open the directory tier a setup names, with the transport its policy chooses.
+def open_tier(setup: Setup) -> DirectoryTier | StripedTier:
+    """Open the directory, or the directories, a setup names, with the transport its policy chooses.
 
     Raises:
-        TierUnavailable: the directory cannot be used.
+        TierUnavailable: no directory can be used.
         ConfigError: the transport that was asked for cannot be had here.
     """
+    paths = split_paths(setup.tier_path)
     policy = Policy(setup.transport, setup.gds, setup.nixl_plugin)
-    return DirectoryTier(
-        setup.tier_path,
+    return open_directories(
+        paths,
         direct_io=setup.direct_io,
         capacity_bytes=setup.capacity_bytes,
         read_only=setup.read_only,
         eviction=setup.eviction,
-        transport=plan(policy, setup.tier_path, threads=setup.io_threads),
+        transport=plan(policy, paths[0], threads=setup.io_threads),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
-from memkv_engines.config import Config
+from memkv_engines.config import Config, split_paths
 from memkv_engines.doors.fingerprint import ParameterSums
 from memkv_engines.doors.io_client import DevicePages, worker_client
 from memkv_engines.log import get_logger
@@ -17,7 +17,7 @@ from memkv_engines.offload.messages import Manifest
 from memkv_engines.sglang import identity
 from memkv_engines.sglang.pages import PageStore
 from memkv_engines.sglang.pools import PagedPool
-from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import open_directories
 
 log = get_logger(__name__)
 
@@ -129,7 +129,7 @@ class PageStores:
 
     def clear(self) -> None:
         """Remove every chunk of this namespace from the tier. Blocks while it lists the folder."""
-        tier = DirectoryTier(self._config.tier.path, direct_io="off")
+        tier = open_directories(split_paths(self._config.tier.path), direct_io="off")
         try:
             for name in list(tier.names(self._folder)):
                 tier.remove(self._folder, name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import threading
 import time
@@ -28,26 +27,25 @@ from memkv_engines.errors import (
 )
 from memkv_engines.keys import ChunkName, Namespace, bucket_of
 from memkv_engines.limits import (
-    EVICT_ABOVE_SHARE,
-    EVICT_TO_SHARE,
+    CLOCK_SLACK_S,
     MAX_CHUNK_BYTES,
     MAX_OPEN_BUCKETS,
     MAX_VARIANTS_EXAMINED,
-    TEMPORARY_MAX_AGE_S,
-    TOUCH_EVERY_S,
+    TOUCH_EVERY_NS,
 )
+from memkv_engines.tier import listing
 from memkv_engines.tier.base import ChunkReader, PutResult, Tier
-from memkv_engines.tier.eviction import OFF, SEGMENTED_LRU, StoredChunk, choose_victims
-from memkv_engines.tier.folders import DIR_FLAGS, Folder, as_tier_error, dated_names, only_one, unlink_quietly, walk
-from memkv_engines.tier.usage import UsageFile
+from memkv_engines.tier.eviction import SEGMENTED_LRU
+from memkv_engines.tier.folders import Folder, as_tier_error, dated_names, unlink_quietly
+from memkv_engines.tier.quotas import TenantAccounts
+from memkv_engines.tier.records import MANIFEST, READ_FLAGS, owned_by_us, temporary_name, write_record
+from memkv_engines.tier.upkeep import Upkeep, needs_listing
+from memkv_engines.tier.usage import NAME, UsageFile
 from memkv_engines.transports.base import FileTransport
 from memkv_engines.transports.files import attach
 from memkv_engines.transports.posix import BUFFERED, DIRECT, ModeReport, PosixTransport, probe_modes
 from memkv_engines.transports.select import TransportPlan
 
-_TEMPORARY = ".tmp-"
-# O_NONBLOCK so that a FIFO planted under a chunk's name cannot hang the open; regular files ignore it.
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FULL_BACKOFF_S = 5.0
 _GONE = (errno.ENOENT, errno.ESTALE)
 _Result = TypeVar("_Result")
@@ -98,18 +96,19 @@ class DirectoryTier(Tier):
         self.root = Path(root)
         self._capacity_bytes = capacity_bytes
         self._read_only = read_only
-        self._eviction = eviction
         self._usage: UsageFile | None = None
         self._pressure = threading.Event()
         self._root_fd = self._open_root()
         try:
             self.mode_report = self._choose_mode(direct_io)
             self._transport = self._open_transport(transport)
-            if capacity_bytes and not read_only:
+            if not read_only and (capacity_bytes or has_usage_file(self._root_fd)):
                 self._usage = UsageFile(self._root_fd)
         except BaseException:
             os.close(self._root_fd)
             raise
+        self._accounts = TenantAccounts(self._root_fd)
+        self._upkeep = Upkeep(self._root_fd, self._usage, self._accounts, capacity_bytes, eviction)
         self.name = f"directory({self._transport.name})"
         self.align_bytes = self._transport.align_bytes
         self._lock = threading.Lock()
@@ -127,32 +126,47 @@ class DirectoryTier(Tier):
             return PutResult(0, True)
         size = sum(v.nbytes for v in views)
         replaced = self._stored_bytes(folder, name) if replace else 0
-        self._reserve(size)
+        self._reserve(folder, size)
         try:
             written = self._publish(folder, name, views)
         except BaseException as error:
-            self._account(-size)
+            self._account(folder, -size)
             if isinstance(error, TierFull):
                 self._full_until = time.monotonic() + _FULL_BACKOFF_S
             raise
-        self._account(-replaced)
+        if replaced:
+            self._account(folder, -replaced)
         return PutResult(written, False)
 
-    def _reserve(self, size_bytes: int) -> None:
+    def _reserve(self, folder: str, size_bytes: int) -> None:
         if time.monotonic() < self._full_until:
             raise TierFull("the device was full a moment ago")
+        account = self._accounts.of(folder)
+        if account is not None:
+            self._reserve_in(account.usage, size_bytes, account.quota_bytes, f"the quota of tenant {account.tenant!r}")
         if self._usage is not None:
-            granted, used = self._usage.reserve(size_bytes, self._capacity_bytes)
-            if used > EVICT_ABOVE_SHARE * self._capacity_bytes or not granted:
-                self._pressure.set()
-            if not granted:
-                raise TierFull(f"capacity_bytes={self._capacity_bytes} reached: {used} B used")
+            try:
+                self._reserve_in(self._usage, size_bytes, self._capacity_bytes, "capacity_bytes")
+            except BaseException:
+                if account is not None:
+                    account.usage.add(-size_bytes)
+                raise
         with self._lock:
             self._written_bytes += size_bytes
 
-    def _account(self, size_bytes: int) -> None:
+    def _reserve_in(self, usage: UsageFile, size_bytes: int, bound_bytes: int, what: str) -> None:
+        granted, count = usage.reserve(size_bytes, bound_bytes)
+        if not granted or needs_listing(count, bound_bytes):
+            self._pressure.set()
+        if not granted:
+            raise TierFull(f"{what}={bound_bytes} reached: {count.used_bytes} B used")
+
+    def _account(self, folder: str, size_bytes: int) -> None:
         if self._usage is not None:
             self._usage.add(size_bytes)
+        account = self._accounts.of(folder)
+        if account is not None:
+            account.usage.add(size_bytes)
         with self._lock:
             self._written_bytes += size_bytes
 
@@ -164,7 +178,7 @@ class DirectoryTier(Tier):
         return info.st_size if stat.S_ISREG(info.st_mode) else 0
 
     def _publish(self, folder: str, name: ChunkName, views: Sequence[memoryview]) -> int:
-        temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+        temporary = temporary_name()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | self._transport.open_flags
         try:
             bucket, fd = self._create(folder, name.bucket, temporary, flags)
@@ -208,7 +222,7 @@ class DirectoryTier(Tier):
             if error.errno in _GONE:
                 return False
             raise TierUnavailable(f"cannot remove a chunk: {error.strerror}") from error
-        self._account(-size)
+        self._account(folder, -size)
         return True
 
     def write_manifest(self, namespace: Namespace) -> None:
@@ -216,25 +230,15 @@ class DirectoryTier(Tier):
             return
         self._make_folder(self._root_fd, namespace.folder)
         try:
-            folder_fd = os.open(namespace.folder, DIR_FLAGS, dir_fd=self._root_fd)
+            opened = Folder(namespace.folder, self._root_fd)
         except OSError as error:
-            raise TierUnavailable(f"cannot open namespace folder {namespace.folder}: {error.strerror}") from error
-        temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
-            with os.fdopen(fd, "wb") as file:
-                file.write(namespace.canonical_json)
-            os.rename(temporary, "manifest.json", src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
-        except OSError as error:
-            unlink_quietly(temporary, folder_fd)
-            raise as_tier_error(error, "cannot write the namespace manifest") from error
-        finally:
-            os.close(folder_fd)
+            raise as_tier_error(error, f"cannot open namespace folder {namespace.folder}") from error
+        write_record(opened.fd, MANIFEST, namespace.canonical_json)
 
     # --- reading -------------------------------------------------------------
 
     def open(self, folder: str, name: ChunkName) -> ChunkReader:
-        flags = _READ_FLAGS | self._transport.open_flags
+        flags = READ_FLAGS | self._transport.open_flags
         try:
             fd = self._within(folder, name.bucket, lambda fd: os.open(name.text, flags, dir_fd=fd))
         except OSError as error:
@@ -247,11 +251,14 @@ class DirectoryTier(Tier):
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 raise ChunkForeign(f"not a regular file: {name.text}")
-            if info.st_uid not in (os.geteuid(), 0):
+            if not owned_by_us(info):
                 raise ChunkForeign(f"owned by user {info.st_uid}, not by us: {name.text}")
             if info.st_size > MAX_CHUNK_BYTES:
                 raise ChunkForeign(f"{info.st_size} B is larger than any chunk: {name.text}")
             self._touch(fd, info)
+        except OSError as error:
+            os.close(fd)
+            raise TransportError(f"cannot look at a chunk: {error.strerror}") from error
         except BaseException:
             os.close(fd)
             raise
@@ -259,14 +266,17 @@ class DirectoryTier(Tier):
 
     def _touch(self, fd: int, info: os.stat_result) -> None:
         """Note that a chunk was used, for eviction: mounts with ``noatime`` do not, and direct reads may not either."""
-        if self._usage is None:
+        if self._read_only:
             return
-        now = time.time_ns()
-        if info.st_atime_ns <= info.st_mtime_ns or now - info.st_atime_ns > TOUCH_EVERY_S * 1e9:
-            try:
-                os.utime(fd, ns=(max(now, info.st_mtime_ns + 1), info.st_mtime_ns))
-            except OSError:
-                pass  # Another user's file: it is read, and its use not noted.
+        now, used, written = time.time_ns(), info.st_atime_ns, info.st_mtime_ns
+        if written < used <= now < used + TOUCH_EVERY_NS:
+            return
+        if max(used, written) > now + CLOCK_SLACK_S * 10**9:
+            written = now  # It is from before a clock was set back, and would never be old.
+        try:
+            os.utime(fd, ns=(max(now, written + 1), written))
+        except OSError:
+            pass  # Another user's file, or a read-only mount: it is read, and its use not noted.
 
     def exists(self, folder: str, names: Iterable[ChunkName]) -> list[bool]:
         return [self._exists(folder, name) for name in names]
@@ -290,21 +300,10 @@ class DirectoryTier(Tier):
         return [name for _, name in found[:MAX_VARIANTS_EXAMINED]]
 
     def names(self, folder: str) -> Iterator[ChunkName]:
-        return (name for name, info in self._chunks(folder))
-
-    def _chunks(self, folder: str) -> Iterator[tuple[ChunkName, os.stat_result]]:
-        """Every chunk of a namespace with its inode; foreign files are passed over."""
-        for place, _, entry in walk(self._root_fd, folder, depth=1):
-            try:
-                name = ChunkName.parse(entry.name)
-                info = entry.stat(follow_symlinks=False)
-            except (ChunkForeign, OSError):
-                continue
-            if name.bucket == place and stat.S_ISREG(info.st_mode):
-                yield name, info
+        return (entry.name for entry in listing.chunks(self._root_fd, folder) if entry.name is not None)
 
     def used_bytes(self) -> int | None:
-        if self._usage is not None:
+        if self._usage is not None and self._capacity_bytes:
             return self._usage.count().used_bytes
         if self._scanned_bytes is None:
             return None
@@ -315,37 +314,22 @@ class DirectoryTier(Tier):
 
         Returns:
             Bytes held by chunks below the root.
+
+        Raises:
+            TierError: a folder cannot be listed, or the count not written; it stays as it was.
         """
-        before = self._usage.count() if self._usage is not None else None
         with self._lock:
             written_before = self._written_bytes
-        total = 0
-        for _, dir_fd, entry in walk(self._root_fd, ".", depth=2):
-            try:
-                info = entry.stat(follow_symlinks=False)
-            except OSError:
-                continue
-            if entry.name.startswith(_TEMPORARY):
-                if not self._read_only and time.time() - info.st_mtime > TEMPORARY_MAX_AGE_S:
-                    unlink_quietly(entry.name, dir_fd)
-            elif entry.name.endswith(".kv") and stat.S_ISREG(info.st_mode):
-                total += info.st_size
+        total = self._upkeep.scan(collect=not self._read_only)
         with self._lock:
             # What was written meanwhile may be counted twice until the next scan, but never not at all.
             self._scanned_bytes = total
             self._written_bytes -= written_before
-        if self._usage is not None and before is not None:
-            self._usage.correct(total, before)
-            if self._usage.count().used_bytes > EVICT_ABOVE_SHARE * self._capacity_bytes:
-                self._pressure.set()
+        if self._usage is not None and needs_listing(self._usage.count(), self._capacity_bytes):
+            self._pressure.set()
         return total
 
     # --- eviction ------------------------------------------------------------
-
-    @property
-    def evicts(self) -> bool:
-        """Whether ``evict`` may ever remove anything."""
-        return self._usage is not None and self._eviction != OFF
 
     def wait_for_pressure(self, timeout_s: float | None = None) -> bool:
         """Block until a store found the directory nearly full, or the time is up; whether one did."""
@@ -357,35 +341,9 @@ class DirectoryTier(Tier):
         """Let ``wait_for_pressure`` return at once."""
         self._pressure.set()
 
-    def evict(self) -> int:
-        """Remove the least useful chunks until the directory is no longer nearly full. Slow; for a background thread.
-
-        Of the processes that share the directory one at a time does it. Open readers go on reading.
-
-        Returns:
-            Bytes freed.
-        """
-        if self._usage is None or not self.evicts:
-            return 0
-        with only_one(self._root_fd) as alone:
-            used = self._usage.count().used_bytes
-            if not alone or used <= EVICT_ABOVE_SHARE * self._capacity_bytes:
-                return 0
-            victims = choose_victims(self._listing(), used - int(EVICT_TO_SHARE * self._capacity_bytes), self._eviction)
-            freed = 0
-            for victim in victims:
-                folder, _, text = victim.path.partition("/")
-                if self.remove(folder, ChunkName.parse(text)):
-                    freed += victim.size_bytes
-        return freed
-
-    def _listing(self) -> Iterator[StoredChunk]:
-        """Every chunk of every namespace; foreign files are passed over."""
-        with os.scandir(self._root_fd) as entries:
-            folders = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
-        for folder in folders:
-            for name, info in self._chunks(folder):
-                yield StoredChunk(f"{folder}/{name.text}", info.st_size, info.st_mtime_ns, info.st_atime_ns)
+    def evict(self, *, recount: bool = False) -> int:
+        """As ``Upkeep.evict``; nothing where the tier is read-only."""
+        return 0 if self._read_only else self._upkeep.evict(recount=recount)
 
     def register_memory(self, address: int, length_bytes: int) -> None:
         self._transport.register(address, length_bytes)
@@ -395,6 +353,7 @@ class DirectoryTier(Tier):
 
     def close(self) -> None:
         self._transport.close()
+        self._accounts.close()
         if self._usage is not None:
             self._usage.close()
         with self._lock:
@@ -493,3 +452,12 @@ class DirectoryTier(Tier):
         mode = BUFFERED if direct_io == "off" else DIRECT
         why = "read-only tier" if self._read_only else "the device is full"
         return ModeReport(mode, f"{mode} assumed without a probe: {why}", {}, {})
+
+
+def has_usage_file(root_fd: int) -> bool:
+    """Whether the bytes of a directory are being counted."""
+    try:
+        os.stat(NAME, dir_fd=root_fd, follow_symlinks=False)
+    except OSError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Folders by descriptor: opened without following links, listed, walked, and held by one process at a time."""
+"""Folders by descriptor: opened without following links, listed, and held by one process at a time."""
 
 from __future__ import annotations
 
@@ -30,8 +30,15 @@ class Folder:
 
 @contextlib.contextmanager
 def only_one(root_fd: int) -> Iterator[bool]:
-    """Whether this is the only eviction under way in a directory; for as long as the context lasts."""
-    fd = os.open(_EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    """Whether this is the only eviction under way in a directory; for as long as the context lasts.
+
+    Raises:
+        TierFull, TierUnavailable: nobody can tell.
+    """
+    try:
+        fd = os.open(_EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    except OSError as error:
+        raise as_tier_error(error, f"cannot open {_EVICTING}") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,26 +46,6 @@ def only_one(root_fd: int) -> Iterator[bool]:
             yield False
             return
         yield True
-    finally:
-        os.close(fd)
-
-
-def walk(parent_fd: int, name: str, depth: int) -> Iterator[tuple[str, int, os.DirEntry[str]]]:
-    """Everything but folders below a folder: (name and descriptor of the folder it is in, entry)."""
-    try:
-        fd = os.open(name, DIR_FLAGS, dir_fd=parent_fd)
-    except OSError:
-        return
-    try:
-        folders = []
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    yield name, fd, entry
-                elif not entry.name.startswith("."):
-                    folders.append(entry.name)
-        for folder in folders if depth else ():
-            yield from walk(fd, folder, depth - 1)
     finally:
         os.close(fd)
 

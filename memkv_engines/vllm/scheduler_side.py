@@ -149,9 +149,15 @@ class SchedulerSide:
         if self._adapters is not None:
             self._adapters.close()
         self._adapters = AdapterNamespaces(namespace)
-        if self._stores:
-            self._client.submit_manifest(Manifest(json.dumps(dict(namespace.fields)).encode()))
+        self._recorded: set[bytes] = set()
+        self._record(namespace)
         log.info("namespace %s in %s via %s", namespace.folder, self._config.tier.path, self._client.ready.tier_name)
+
+    def _record(self, namespace: Namespace) -> None:
+        """Have the manifest written, once: quotas find a namespace's tenant in it, an adapter's too."""
+        if self._stores and namespace.digest not in self._recorded:
+            self._recorded.add(namespace.digest)
+            self._client.submit_manifest(Manifest(json.dumps(dict(namespace.fields)).encode()))
 
     @property
     def namespace(self) -> Namespace | None:
@@ -196,7 +202,10 @@ class SchedulerSide:
 
     def _namespace_of(self, request: Any) -> Namespace | None:
         assert self._namespace is not None and self._adapters is not None
-        return self._adapters.of(request.lora_request)
+        namespace = self._adapters.of(request.lora_request)
+        if namespace is not None:
+            self._record(namespace)
+        return namespace
 
     def _take_probes(self) -> None:
         assert self._lookup is not None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from memkv_engines.cli import main
+from tests.fast.cli_tier_samples import Directory, Run, filled
 from tests.fast.io_samples import quick_folder, setup_for, started, started_device
 from tests.fast.service_samples import POOLS, Service
 
@@ -25,3 +29,21 @@ def quick() -> Iterator[Path]:
     """A folder in memory where there is one."""
     with quick_folder() as folder:
         yield folder
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Directory:
+    """A tier directory with chunks in two namespaces."""
+    return filled(tmp_path / "kv")
+
+
+@pytest.fixture
+def run(directory: Directory, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``memkv-engines tier`` on it; exit code and what it printed."""
+
+    def call(what: str, *options: str, as_json: bool = True) -> tuple[int, Any]:
+        code = main.main(["tier", what, str(directory.root), *options, *(["--json"] if as_json else [])])
+        printed = capsys.readouterr().out
+        return code, json.loads(printed) if as_json else printed
+
+    return call

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memkv_engines.config import _GROUPS, _KEYS, CONFIG_FILE_KEY, ENV_PREFIX, Config, load_config
+from memkv_engines.config import _GROUPS, _KEYS, CONFIG_FILE_KEY, ENV_PREFIX, Config, load_config, split_paths
 from memkv_engines.errors import ConfigError
 from memkv_engines.limits import MIB
 
@@ -43,7 +43,13 @@ def yaml_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [(name, value) for name, spec in FIELDS.items() for value in WRONG[str(spec.type)]]
+    ("key", "value"),
+    [
+        (name, value)
+        for name, spec in FIELDS.items()
+        for value in WRONG[str(spec.type)]
+        if not (spec.metadata["many"] and value == ["x"])
+    ],
 )
 def test_a_wrong_value_names_key_value_source_and_remedy(key: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -180,6 +186,20 @@ def test_the_callers_dictionary_is_not_changed(yaml_file: Path) -> None:
 def test_values_are_understood_as_text_and_as_json(key: str, raw: Any, value: Any) -> None:
     assert value_of(load({key: raw}), key) == value
     assert type(value_of(load({key: raw}), key)) is type(value)
+
+
+def test_several_directories_are_a_list_or_a_text_with_commas(yaml_file: Path) -> None:
+    yaml_file.write_text("path:\n  - /nvme0/kv\n  - /nvme1/kv\n")
+    from_file = load_config({CONFIG_FILE_KEY: str(yaml_file)}, {})
+    from_text = load_config({"path": "/nvme0/kv, /nvme1/kv"}, {})
+    assert split_paths(from_file.tier.path) == split_paths(from_text.tier.path) == ["/nvme0/kv", "/nvme1/kv"]
+    assert split_paths(load({}).tier.path) == ["kv"]
+
+
+@pytest.mark.parametrize("path", [[], [""], ["a", 1], ["a,b"], {"a": 1}, ["a", None], ","])
+def test_a_wrong_list_of_directories_is_refused(path: Any) -> None:
+    with pytest.raises(ConfigError, match="path"):
+        load_config({"path": path}, {})
 
 
 def test_a_bare_off_in_yaml_is_the_word(yaml_file: Path) -> None:

@@ -20,7 +20,7 @@ from memkv_engines.limits import ALIGN_BYTES, EVICT_ABOVE_SHARE, EVICT_TO_SHARE
 from memkv_engines.offload.keeping import Keeper
 from memkv_engines.tier.directory import DirectoryTier
 from memkv_engines.tier.eviction import LRU, OFF, POLICIES, PROBATION_SHARE, SEGMENTED_LRU, StoredChunk, choose_victims
-from memkv_engines.tier.usage import NAME, UsageFile
+from memkv_engines.tier.usage import NAME, Count, UsageFile
 from tests.fast.samples import NAMESPACE, aligned, make_name, noise
 from tests.fast.test_tiers import get, put
 
@@ -36,6 +36,8 @@ def name(number: int) -> ChunkName:
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[DirectoryTier]:
     made = DirectoryTier(tmp_path / "kv", direct_io="off", capacity_bytes=CAPACITY)
+    made.scan()
+    made.wait_for_pressure(0)
     yield made
     made.close()
 
@@ -126,14 +128,14 @@ def test_a_scan_does_not_flush_what_is_hot(seed: int) -> None:
 def usage(tmp_path: Path) -> Iterator[UsageFile]:
     fd = os.open(tmp_path, os.O_RDONLY)
     made = UsageFile(fd)
-    os.close(fd)
     yield made
     made.close()
+    os.close(fd)
 
 
 def test_the_count_is_bounded_and_survives(usage: UsageFile, tmp_path: Path) -> None:
-    assert usage.reserve(60, 100) == (True, 60)
-    assert usage.reserve(60, 100) == (False, 60)
+    assert usage.reserve(60, 100) == (True, Count(60, 0))
+    assert usage.reserve(60, 100) == (False, Count(60, 0))
     usage.add(-20)
     fd = os.open(tmp_path, os.O_RDONLY)
     again = UsageFile(fd)

@@ -16,6 +16,7 @@ from memkv_engines.limits import ALIGN_BYTES, MAX_VARIANTS_EXAMINED
 from memkv_engines.tier.base import Tier
 from memkv_engines.tier.directory import DirectoryTier
 from memkv_engines.tier.memory import MemoryTier
+from memkv_engines.tier.striped import StripedTier, open_directories
 from memkv_engines.transports.posix import BUFFERED, DIRECT, DONTCACHE
 from tests.fast.samples import NAMESPACE, SHARD, aligned, chain, chain_hash, make_name, noise
 from tests.fast.tier_samples import fix_mode
@@ -252,7 +253,7 @@ class TierContract(ABC):
             assert all(threads.map(whole_list, range(120)))
 
     def test_used_bytes_are_what_is_held(self, tier: Tier) -> None:
-        if isinstance(tier, DirectoryTier):
+        if isinstance(tier, (DirectoryTier, StripedTier)):
             assert tier.used_bytes() is None, "not counted yet"
             assert tier.scan() == 0
         put(tier, make_name(4), noise(3 * PAGE))
@@ -297,3 +298,18 @@ class TestDirectoryDontcache(DirectoryContract):
 
 class TestDirectoryBuffered(DirectoryContract):
     mode = BUFFERED
+
+
+class TestStriped(TierContract):
+    """Three directories; one is lost where a capacity is asked for, of which each directory has its own."""
+
+    @pytest.fixture(autouse=True)
+    def _mode(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        fix_mode(monkeypatch, tmp_path, BUFFERED)
+
+    def make(self, tmp_path: Path, capacity_bytes: int = 0) -> StripedTier:
+        for number in range(1 if capacity_bytes else 3):
+            (tmp_path / str(number)).mkdir()
+        tier = open_directories([str(tmp_path / str(number)) for number in range(3)], capacity_bytes=capacity_bytes)
+        assert isinstance(tier, StripedTier)
+        return tier

@@ -19,16 +19,18 @@ def examine(path: str, host: Host | None = None) -> list[Finding]:
     """Look at everything. Blocks for some seconds; writes and removes scratch files in the tier's directory.
 
     Args:
-        path: the tier's directory; empty to leave it out.
+        path: the tier's directory, or several with commas between; empty to leave it out.
         host: where to look.
     """
     host = host or Host()
-    return [
+    findings = [
         *guarded(engines.AREA, engines.check),
         *guarded(gpu.AREA, lambda: gpu.check(host, path)),
         *guarded(machine.AREA, lambda: machine.check(host)),
-        *guarded(storage.AREA, lambda: storage.check(host, path)),
     ]
+    for part in path.split(","):
+        findings += guarded(storage.AREA, lambda part=part: storage.check(host, part.strip()))  # type: ignore[misc]
+    return findings
 
 
 def render(findings: list[Finding]) -> str:
