@@ -193,6 +193,8 @@ class ProbeDone(msgspec.Struct, frozen=True, tag="probe_done"):
 Request = Union[Setup, Store, Load, Probe, Manifest, Stop]  # noqa: UP007 - msgspec needs the runtime union on 3.10
 Reply = Union[Ready, Gathered, StoreDone, LoadDone, ProbeDone]  # noqa: UP007
 
+# A text that is no UTF-8 is not among msgspec's own errors.
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)
 _reply_decoder = msgspec.msgpack.Decoder(Reply)
@@ -212,7 +214,7 @@ def decode_request(data: bytes | memoryview) -> Request:
     try:
         message: Request = _request_decoder.decode(data)
         return message
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise IoServiceError(f"malformed request: {error}") from error
 
 
@@ -225,7 +227,7 @@ def decode_reply(data: bytes | memoryview) -> Reply:
     try:
         message: Reply = _reply_decoder.decode(data)
         return message
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise IoServiceError(f"malformed reply: {error}") from error
 
 

@@ -7,6 +7,7 @@ directory descriptor and follow no links. Torn or lost writes are found by the c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -145,7 +146,9 @@ class DirectoryTier(Tier):
 
     def _account(self, size_bytes: int) -> None:
         if self._usage is not None:
-            self._usage.add(size_bytes)
+            # What was done is done: a count that is off until the next scan is no reason to call it failed.
+            with contextlib.suppress(TierUnavailable):
+                self._usage.add(size_bytes)
         with self._lock:
             self._written_bytes += size_bytes
 
@@ -244,6 +247,9 @@ class DirectoryTier(Tier):
             if info.st_size > MAX_CHUNK_BYTES:
                 raise ChunkForeign(f"{info.st_size} B is larger than any chunk: {name.text}")
             self._touch(fd, info)
+        except OSError as error:
+            os.close(fd)
+            raise TransportError(f"cannot look at a chunk: {error.strerror}") from error
         except BaseException:
             os.close(fd)
             raise
@@ -307,6 +313,9 @@ class DirectoryTier(Tier):
 
         Returns:
             Bytes held by chunks below the root.
+
+        Raises:
+            TierUnavailable: a folder cannot be listed; the count stays as it was.
         """
         before = self._usage.count() if self._usage is not None else None
         with self._lock:
@@ -356,6 +365,9 @@ class DirectoryTier(Tier):
 
         Returns:
             Bytes freed.
+
+        Raises:
+            TierUnavailable: the directory cannot be listed, or a chunk not removed.
         """
         if self._usage is None or not self.evicts:
             return 0
@@ -373,8 +385,11 @@ class DirectoryTier(Tier):
 
     def _listing(self) -> Iterator[StoredChunk]:
         """Every chunk of every namespace; foreign files are passed over."""
-        with os.scandir(self._root_fd) as entries:
-            folders = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+        try:
+            with os.scandir(self._root_fd) as entries:
+                folders = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+        except OSError as error:
+            raise as_tier_error(error, "cannot list the tier directory") from error
         for folder in folders:
             for name, info in self._chunks(folder):
                 yield StoredChunk(f"{folder}/{name.text}", info.st_size, info.st_mtime_ns, info.st_atime_ns)

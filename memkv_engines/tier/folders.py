@@ -15,6 +15,7 @@ from memkv_engines.limits import MAX_BUCKET_ENTRIES_LISTED
 
 DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _EVICTING = ".evicting"
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Folder:
@@ -30,8 +31,15 @@ class Folder:
 
 @contextlib.contextmanager
 def only_one(root_fd: int) -> Iterator[bool]:
-    """Whether this is the only eviction under way in a directory; for as long as the context lasts."""
-    fd = os.open(_EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    """Whether this is the only eviction under way in a directory; for as long as the context lasts.
+
+    Raises:
+        TierUnavailable: nobody can tell.
+    """
+    try:
+        fd = os.open(_EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    except OSError as error:
+        raise as_tier_error(error, f"cannot open {_EVICTING}") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,11 +52,17 @@ def only_one(root_fd: int) -> Iterator[bool]:
 
 
 def walk(parent_fd: int, name: str, depth: int) -> Iterator[tuple[str, int, os.DirEntry[str]]]:
-    """Everything but folders below a folder: (name and descriptor of the folder it is in, entry)."""
+    """Everything but folders below a folder: (name and descriptor of the folder it is in, entry).
+
+    Raises:
+        TierUnavailable: a folder cannot be listed. One that is not there is empty.
+    """
     try:
         fd = os.open(name, DIR_FLAGS, dir_fd=parent_fd)
-    except OSError:
-        return
+    except OSError as error:
+        if error.errno in _NO_FOLDER:
+            return
+        raise as_tier_error(error, f"cannot list folder {name}") from error
     try:
         folders = []
         with os.scandir(fd) as entries:
@@ -59,6 +73,8 @@ def walk(parent_fd: int, name: str, depth: int) -> Iterator[tuple[str, int, os.D
                     folders.append(entry.name)
         for folder in folders if depth else ():
             yield from walk(fd, folder, depth - 1)
+    except OSError as error:
+        raise as_tier_error(error, f"cannot list folder {name}") from error
     finally:
         os.close(fd)
 

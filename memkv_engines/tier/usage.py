@@ -36,7 +36,7 @@ class UsageFile:
         root_fd: descriptor of the directory; not kept.
 
     Raises:
-        TierUnavailable: the file cannot be opened.
+        TierUnavailable: the file cannot be opened; of every method but ``close``: locked, read or written.
     """
 
     def __init__(self, root_fd: int) -> None:
@@ -90,11 +90,14 @@ class UsageFile:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with self._lock:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
             try:
-                yield
-            finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                try:
+                    yield
+                finally:
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+            except OSError as error:
+                raise TierUnavailable(f"cannot use the usage file {NAME}: {error.strerror}") from error
 
     def _read(self) -> Count:
         data = os.pread(self._fd, _RECORD.size, 0)
