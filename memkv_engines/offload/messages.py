@@ -34,7 +34,11 @@ class GroupSpec(msgspec.Struct, frozen=True):
 
 
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
-    """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory."""
+    """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory.
+
+    ``mount_point`` is empty at the first start. Later ones must find the directory where it was then: under this mount
+    point, and without making it.
+    """
 
     tier_path: str
     direct_io: str
@@ -47,6 +51,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     canary_address: int = 0
     canary: bytes = b""
     eviction: str = "off"
+    mount_point: str = ""
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -134,10 +139,11 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The service runs (``error`` empty) or cannot."""
+    """The service runs (``error`` empty) or cannot. ``mount_point`` is that of the tier's directory."""
 
     tier_name: str = ""
     mode_reason: str = ""
+    mount_point: str = ""
     error: str = ""
     error_kind: str = ""
 

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import socket
 import sys
+import threading
+import time
 
-from memkv_engines.errors import IoServiceError, MemKVError
-from memkv_engines.limits import SHUTDOWN_DRAIN_TIMEOUT_S
+from memkv_engines.errors import IoServiceError, MemKVError, TierUnavailable
+from memkv_engines.limits import SHUTDOWN_DRAIN_TIMEOUT_S, TIER_WATCH_S
+from memkv_engines.log import get_logger
 from memkv_engines.offload.channel import ServiceEnd
 from memkv_engines.offload.keeping import Keeper
 from memkv_engines.offload.messages import Ready, Reply, Setup, Stop, decode_request, encode
 from memkv_engines.offload.pages import Pages, ProcessVmPages
 from memkv_engines.offload.service import IoService
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.folders import mount_point
+
+log = get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 # A thread that comes back from the device must not wait the usual 5 ms (longer than a chunk takes) to start the next.
@@ -46,19 +53,32 @@ def main(argv: list[str]) -> int:
     try:
         tier = open_tier(setup)
         pages = _connect_pages(setup)
-    except MemKVError as error:
+        mounted, place = mount_point(setup.tier_path), os.stat(setup.tier_path)
+    except (MemKVError, OSError) as error:
         end.send(encode(Ready(error=str(error), error_kind=type(error).__name__)))
         return 1
     service = IoService(setup, tier, pages, lambda reply: _send(end, reply))
     service.start()
     if not setup.read_only:
         Keeper(tier)
-    end.send(encode(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason)))
+    threading.Thread(target=_watch, args=(setup.tier_path, place), name="memkv-watch", daemon=True).start()
+    end.send(encode(Ready(tier.name, tier.mode_report.reason, mounted)))
     return _serve(end, service, messages)
 
 
 def open_tier(setup: Setup) -> DirectoryTier:
-    """Open the directory tier a setup names."""
+    """Open the directory tier a setup names.
+
+    Raises:
+        TierUnavailable: it cannot be used, or is not where it was at the first start.
+    """
+    if setup.mount_point:
+        here = mount_point(setup.tier_path) if os.path.isdir(setup.tier_path) else ""
+        if here != setup.mount_point:
+            raise TierUnavailable(
+                f"path={setup.tier_path!r} is gone: it was on the file system mounted at {setup.mount_point}"
+                + (f", and is on that of {here} now" if here else "")
+            )
     return DirectoryTier(
         setup.tier_path,
         direct_io=setup.direct_io,
@@ -79,6 +99,21 @@ def _serve(end: ServiceEnd, service: IoService, messages: list[bytes]) -> int:
         messages = end.receive()
         if not messages:
             return 0
+
+
+def _watch(path: str, first: os.stat_result) -> None:
+    """End this process when another directory, or none, is at the tier's path; the engine starts a new one for it."""
+    while _is_there(path, first):
+        time.sleep(TIER_WATCH_S)
+    log.warning("%s is not the directory any more that it was: the I/O process ends", path)
+    os._exit(1)
+
+
+def _is_there(path: str, first: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), first)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def _connect_pages(setup: Setup) -> Pages | None:
