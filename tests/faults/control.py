@@ -89,6 +89,12 @@ class Fault:
         return bool(self.operations & (OPEN | READ))
 
     @property
+    def looks_full(self) -> bool:
+        """Whether a process that met it holds its stores off for a while, as if the device were full."""
+        no_room = self.error in (errno.ENOSPC, errno.EDQUOT)
+        return no_room or (self.action == SHORT and bool(self.operations & WRITE))
+
+    @property
     def hits_stores(self) -> bool:
         """Whether storing can meet it."""
         return bool(self.operations & (CREATE | WRITE | RENAME))
