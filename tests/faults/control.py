@@ -207,6 +207,11 @@ class Injector:
         """From now on it is this directory that suffers."""
         self._set("root", os.fsencode(os.path.realpath(root)))
 
+    @property
+    def control(self) -> Path:
+        """The file that controls it."""
+        return self._path
+
     def environment(self, *, verified: bool = True) -> dict[str, str]:
         """Variables of a process that shall suffer; without verification it is the control of the suite."""
         variables = {"LD_PRELOAD": str(built()), VARIABLE: str(self._path)}
