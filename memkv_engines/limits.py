@@ -84,6 +84,8 @@ MAX_REMEMBERED_PAGES = 65_536
 """Page hashes whose predecessor is remembered, per pool (about 200 bytes each)."""
 MAX_REMEMBERED_WALKS = 64
 """Look-ups whose chunks are remembered until they are loaded, per pool."""
+CLEAR_TIMEOUT_S = 60.0
+"""Longest that SGLang waits for the removal of a namespace."""
 
 assert LEAF_BYTES % ALIGN_BYTES == 0
 assert MIN_CHUNK_TARGET_BYTES <= DEFAULT_CHUNK_TARGET_BYTES <= MAX_CHUNK_TARGET_BYTES

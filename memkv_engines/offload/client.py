@@ -347,6 +347,7 @@ class IoClient:
         count("load_bytes", reply.read_bytes)
         count("load_microseconds", reply.elapsed_us)
         count("load_chunks", reply.chunks)
+        count("load_rereads", reply.reread)
         if any(reply.kinds):
             count("load_jobs_failed")
         for kind in reply.kinds:

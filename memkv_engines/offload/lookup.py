@@ -343,6 +343,13 @@ class PrefixLookup:
         )
         return True
 
+    def lose_service(self) -> None:
+        """Whoever was to answer has gone: nobody need wait for what was asked."""
+        now = self._clock()
+        for asked in self._asked.values():
+            if asked.waiting:
+                asked.deadline = min(asked.deadline, now)
+
     def _give_up(self, probe_id: int) -> None:
         probe = self._probes.pop(probe_id, None)
         if probe is not None:

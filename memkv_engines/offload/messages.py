@@ -164,7 +164,10 @@ class StoreDone(msgspec.Struct, frozen=True, tag="store_done"):
 
 
 class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
-    """Per run: how many of its leading blocks are good and in place, and why it stopped there (empty: all are)."""
+    """Per run: how many of its leading blocks are good and in place, and why it stopped there (empty: all are).
+
+    ``reread`` chunks were right only when they were read a second time.
+    """
 
     job_id: int
     good_blocks: tuple[int, ...]
@@ -172,6 +175,7 @@ class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
     chunks: int
     read_bytes: int
     elapsed_us: int
+    reread: int = 0
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):

@@ -113,8 +113,8 @@ class Pipelines:
         self._check_slots()
 
     def _lost(self) -> int:
-        """Misses and stores that failed, as counted."""
-        names = ("store_failed", "store_full", "store_shed")
+        """Misses, stores that failed and chunks that had to be read twice, as counted."""
+        names = ("store_failed", "store_full", "store_shed", "load_rereads")
         return sum(n for k, n in self.client.counters.as_dict().items() if k.startswith("miss_") or k in names)
 
     def _store(self, prompts: Sequence[list[bytes]], first: int) -> list[int]:

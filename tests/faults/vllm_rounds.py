@@ -25,7 +25,7 @@ SETTINGS = {
 }
 # What is known is soon forgotten, so that look-ups meet the faults first; else loads do.
 FORGETFUL = {"hit_ttl_s": 0.5, "miss_ttl_s": 0.1}
-LOST = ("store_failed", "store_full", "probe_timeouts")
+LOST = ("store_failed", "store_full", "store_shed", "probe_timeouts", "load_rereads")
 
 
 def prompts_of(number: int, seed: int) -> list[list[int]]:
