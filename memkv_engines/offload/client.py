@@ -288,6 +288,8 @@ class IoClient:
         """What the service has not answered in time; empty if nothing."""
         if any(p.deadline <= now for p in self._loads.values()):
             return "a load is overdue"
+        if self._io_process == "off":
+            return ""  # Threads are not started again: what is late may still come.
         if self._probes and now > self._probe_news + self._load_timeout_s:
             return "look-ups are overdue"
         if self._stores and not self._loads and now > self._store_news + self._store_silence_s:

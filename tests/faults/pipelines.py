@@ -112,6 +112,25 @@ class Pipelines:
         row.rounds += 1
         self._check_slots()
 
+    def outage(self, fault: Fault, seconds: float) -> list[float]:
+        """What each of many loads in a row waits while a fault lasts; afterwards all is as before."""
+        self._serial += 1
+        hashes = chain(SPAN, f"outage{self._serial}")
+        self._wait(self._store([hashes], 0))
+        self.injector.arm(fault)
+        waits, deadline = [], time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            waits.append(self._wait(self._load([hashes], 0)).longest_wait_s)
+            time.sleep(0.02)
+        assert self.injector.disarm()
+        self._await_service()
+        jobs = self._load([hashes], 0)
+        seen = self._wait(jobs)
+        result = seen.results[jobs[0]]
+        assert isinstance(result, LoadResult) and result.kinds == ("",), "a hit again, as before"
+        assert self._wrong(seen, [hashes], jobs) == 0
+        return waits
+
     def _lost(self) -> int:
         """Misses, stores that failed and chunks that had to be read twice, as counted."""
         names = ("store_failed", "store_full", "store_shed", "load_rereads")
