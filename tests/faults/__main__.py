@@ -30,9 +30,11 @@ from tests.faults.rows import Row
 OUTPUT = ROOT / "build" / "faults.json"
 LOGS = ROOT / "build" / "logs"
 EXAMPLES_PER_ROUND = 150
+PIPELINE_ROUNDS = 4
 TABLE_COLUMNS = 150
 DOORS = ("tier", "pipelines", "vllm", "vllm, look-ups", "sglang-hicache", "sglang-linker")
-# One engine a round: a start is dear, and a fault more is not.
+# An engine plays so many faults: its start is dear, and what it answers has a time limit.
+FAULTS_PER_ENGINE = 12
 _VLLM = """
 import sys, tempfile
 from pathlib import Path
@@ -93,9 +95,11 @@ def rows_of(door: str, names: Sequence[str], seed: int, number: int) -> Iterator
         yield from (found.get(name, Row(name, "tier")) for name in names if name in tried)
         yield from tier_machine.run(seed, EXAMPLES_PER_ROUND // 4, verified=False)
     elif door == "pipelines":
-        yield from pipelines.play(names, 2, seed)
+        yield from pipelines.play(names, PIPELINE_ROUNDS, seed)
     else:
-        yield from in_engine(door, names, seed, (1024, 300)[number % 2])
+        for start in range(0, len(names), FAULTS_PER_ENGINE):
+            part = names[start : start + FAULTS_PER_ENGINE]
+            yield from in_engine(door, part, seed + start, (1024, 300)[number % 2])
 
 
 def played(doors: Sequence[str], names: Sequence[str], rounds: int, seed: int) -> list[Row]:

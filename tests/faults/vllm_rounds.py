@@ -100,8 +100,3 @@ def play_rounds(folder: Path, plan: Sequence[tuple[str, int]], seed: int, *, for
             names = ", ".join(dict.fromkeys(fault for fault, _ in plan))
             return [Row(names, "vllm", rounds=1, injected=injector.injected, dead_engines=1, note=str(error)[-3000:])]
     return rows_of(reports, plan)
-
-
-def full_plan(rounds: int) -> list[tuple[str, int]]:
-    """Every fault, now in every call, now in some."""
-    return [(name, (1024, 300)[number % 2]) for number in range(rounds) for name in FAULTS]
