@@ -52,6 +52,8 @@ MAX_PENDING_STORE_CHUNKS = 4096
 MAX_OUTBOX_BYTES = 64 * MIB
 SERVICE_START_TIMEOUT_S = 30.0
 SERVICE_REAP_TIMEOUT_S = 2.0
+MAX_DYING_SERVICES = 4
+"""Killed I/O processes that a device keeps from ending; with so many of them no other is started."""
 SERVICE_RESTART_BACKOFF_S = 1.0
 """Before a lost service is started again; doubles until one of its loads is answered."""
 SERVICE_RESTART_BACKOFF_MAX_S = 60.0

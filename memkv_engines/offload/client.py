@@ -18,6 +18,7 @@ import msgspec
 
 from memkv_engines.errors import ConfigError, IoServiceError, MemKVError, TierUnavailable
 from memkv_engines.limits import (
+    MAX_DYING_SERVICES,
     SERVICE_RESTART_BACKOFF_MAX_S,
     SERVICE_RESTART_BACKOFF_S,
     SERVICE_START_TIMEOUT_S,
@@ -27,7 +28,7 @@ from memkv_engines.limits import (
 )
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
-from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend
+from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend, still_dying
 from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.messages import (
     Gathered,
@@ -401,7 +402,7 @@ class IoClient:
         """
         if self._starting is not None:
             self._await_restart(now)
-        elif self._io_process != "off" and self._breaker.admits():
+        elif self._io_process != "off" and still_dying() < MAX_DYING_SERVICES and self._breaker.admits():
             self.counters.add("io_service_restarts")
             self._start_deadline = now + SERVICE_START_TIMEOUT_S
             try:

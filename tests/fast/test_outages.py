@@ -7,11 +7,12 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from memkv_engines.errors import TierUnavailable
-from memkv_engines.limits import PROBE_SILENCE_S
+from memkv_engines.limits import MAX_DYING_SERVICES, PROBE_SILENCE_S
 from memkv_engines.offload import backends, client, process
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
@@ -111,6 +112,20 @@ def test_the_trial_of_a_large_load_has_longer(running: IoClient, pool: Pool, mon
     running.submit_load(1, (make_run(pool, HASHES, range(8, 12)),))
     results_of(running)
     assert time.monotonic() - started_at >= TRIAL_S + 0.5
+
+
+def test_no_process_is_added_to_many_that_cannot_die(running: IoClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that hangs holds killed processes, with their memory."""
+    held = [SimpleNamespace(poll=lambda: None) for _ in range(MAX_DYING_SERVICES)]
+    monkeypatch.setattr(backends, "_unreaped", held)
+    os.kill(stop(running), signal.SIGKILL)
+    until(lambda: running.poll() == [] and running.mode == "down")
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        assert running.poll() == []
+    assert running.counters["io_service_restarts"] == 0
+    held[0].poll = lambda: 0
+    back(running)
 
 
 # ------------------------------------------------------------------------------------------------- look-ups and stores
