@@ -165,11 +165,17 @@ class IoClient:
         except TierUnavailable as error:
             raise ConfigError(str(error)) from error
         try:
-            self.ready = self._greeting(backend)
+            self._take_greeting(self._greeting(backend))
         except BaseException:
             backend.kill()
             raise
         return backend
+
+    def _take_greeting(self, ready: Ready) -> None:
+        self.ready = ready
+        if not self._setup.mount_points:
+            # From now on the directories must be found there, and are not made any more.
+            self._setup = msgspec.structs.replace(self._setup, mount_points=ready.mount_points)
 
     @staticmethod
     def _greeting(backend: Backend) -> Ready:
@@ -406,10 +412,7 @@ class IoClient:
             self.counters.add("io_service_restarts")
             self._start_deadline = now + SERVICE_START_TIMEOUT_S
             try:
-                # It must find the directory of before: one that is made anew may lie below a mount that has gone.
-                self._starting = ProcessBackend(
-                    msgspec.structs.replace(self._setup, mount_point=self.ready.mount_point)
-                )
+                self._starting = ProcessBackend(self._setup)
             except (MemKVError, OSError) as error:
                 self._give_up_restart(str(error))
 
@@ -428,7 +431,8 @@ class IoClient:
             backend.kill()
             self._give_up_restart(greeting.error if greeting else "no greeting in time")
             return
-        self._backend, self.ready = backend, greeting
+        self._backend = backend
+        self._take_greeting(greeting)
         log.warning("I/O service runs again")
 
     def _give_up_restart(self, why: str) -> None:

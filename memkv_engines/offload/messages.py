@@ -36,8 +36,7 @@ class GroupSpec(msgspec.Struct, frozen=True):
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
     """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory.
 
-    ``mount_point`` is empty at the first start. Later ones must find the directory where it was then: under this mount
-    point, and without making it.
+    ``mount_points`` is empty at the first start. Later ones must find the directories where they were (``places``).
     """
 
     tier_path: str
@@ -51,7 +50,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     canary_address: int = 0
     canary: bytes = b""
     eviction: str = "off"
-    mount_point: str = ""
+    mount_points: tuple[str, ...] = ()
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -139,11 +138,11 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The service runs (``error`` empty) or cannot. ``mount_point`` is that of the tier's directory."""
+    """The service runs (``error`` empty) or cannot. ``mount_points`` are those of the tier's directories."""
 
     tier_name: str = ""
     mode_reason: str = ""
-    mount_point: str = ""
+    mount_points: tuple[str, ...] = ()
     error: str = ""
     error_kind: str = ""
 

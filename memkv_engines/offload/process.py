@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 import signal
 import socket
@@ -16,16 +15,16 @@ import sys
 import threading
 import time
 
-from memkv_engines.errors import IoServiceError, MemKVError, TierUnavailable
+from memkv_engines.errors import IoServiceError, MemKVError
 from memkv_engines.limits import SHUTDOWN_DRAIN_TIMEOUT_S, TIER_WATCH_S
 from memkv_engines.log import get_logger
 from memkv_engines.offload.channel import ServiceEnd
 from memkv_engines.offload.keeping import Keeper
 from memkv_engines.offload.messages import Ready, Reply, Setup, Stop, decode_request, encode
 from memkv_engines.offload.pages import Pages, ProcessVmPages
+from memkv_engines.offload.places import Watch, mount_point, still_there
 from memkv_engines.offload.service import IoService
 from memkv_engines.tier.directory import DirectoryTier
-from memkv_engines.tier.folders import mount_point
 
 log = get_logger(__name__)
 
@@ -53,16 +52,17 @@ def main(argv: list[str]) -> int:
     try:
         tier = open_tier(setup)
         pages = _connect_pages(setup)
-        mounted, place = mount_point(setup.tier_path), os.stat(setup.tier_path)
-    except (MemKVError, OSError) as error:
+    except MemKVError as error:
         end.send(encode(Ready(error=str(error), error_kind=type(error).__name__)))
         return 1
     service = IoService(setup, tier, pages, lambda reply: _send(end, reply))
     service.start()
     if not setup.read_only:
         Keeper(tier)
-    threading.Thread(target=_watch, args=(setup.tier_path, place), name="memkv-watch", daemon=True).start()
-    end.send(encode(Ready(tier.name, tier.mode_report.reason, mounted)))
+    mount_points = setup.mount_points or tuple(map(mount_point, _paths(setup)))
+    places = Watch(_paths(setup), mount_points)
+    threading.Thread(target=_end_if_changed, args=(places,), name="memkv-watch", daemon=True).start()
+    end.send(encode(Ready(tier.name, tier.mode_report.reason, mount_points)))
     return _serve(end, service, messages)
 
 
@@ -72,15 +72,9 @@ def open_tier(setup: Setup) -> DirectoryTier:
     Raises:
         TierUnavailable: it cannot be used, or is not where it was at the first start.
     """
-    if setup.mount_point:
-        here = mount_point(setup.tier_path) if os.path.isdir(setup.tier_path) else ""
-        if here != setup.mount_point:
-            raise TierUnavailable(
-                f"path={setup.tier_path!r} is gone: it was on the file system mounted at {setup.mount_point}"
-                + (f", and is on that of {here} now" if here else "")
-            )
+    (path,) = still_there(_paths(setup), setup.mount_points)
     return DirectoryTier(
-        setup.tier_path,
+        path,
         direct_io=setup.direct_io,
         capacity_bytes=setup.capacity_bytes,
         read_only=setup.read_only,
@@ -101,19 +95,16 @@ def _serve(end: ServiceEnd, service: IoService, messages: list[bytes]) -> int:
             return 0
 
 
-def _watch(path: str, first: os.stat_result) -> None:
-    """End this process when another directory, or none, is at the tier's path; the engine starts a new one for it."""
-    while _is_there(path, first):
+def _paths(setup: Setup) -> list[str]:
+    return [setup.tier_path]
+
+
+def _end_if_changed(places: Watch) -> None:
+    """End this process when its directories are not there any more or others are; the engine starts one for those."""
+    while not places.changed:
         time.sleep(TIER_WATCH_S)
-    log.warning("%s is not the directory any more that it was: the I/O process ends", path)
+    log.warning("the tier's directories have changed: the I/O process ends")
     os._exit(1)
-
-
-def _is_there(path: str, first: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), first)
-    except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def _connect_pages(setup: Setup) -> Pages | None:

@@ -107,21 +107,6 @@ def dated_names(bucket_fd: int, prefix: str) -> list[tuple[int, ChunkName]]:
     return found
 
 
-def mount_point(path: str) -> str:
-    """The nearest folder above a path, or the path itself, at which its file system is mounted.
-
-    Raises:
-        TierUnavailable: there is nothing at the path.
-    """
-    here = os.path.realpath(path)
-    try:
-        while here != os.path.dirname(here) and os.stat(here).st_dev == os.stat(os.path.dirname(here)).st_dev:
-            here = os.path.dirname(here)
-    except OSError as error:
-        raise as_tier_error(error, f"cannot look at {here}") from error
-    return here
-
-
 def unlink_quietly(name: str, dir_fd: int) -> None:
     """Remove a file if that is possible."""
     try:

@@ -17,7 +17,7 @@ from memkv_engines.offload import backends, client, process
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.messages import Probe, ProbeDone
-from memkv_engines.tier.folders import mount_point
+from memkv_engines.offload.places import Watch, mount_point, still_there
 from tests.fast.io_samples import (
     BLOCKS_PER_CHUNK,
     Pool,
@@ -231,14 +231,32 @@ def test_another_directory_at_the_same_path_is_taken_over(running: IoClient, poo
 
 def test_the_folder_below_a_mount_that_is_gone_is_refused(root: Path, pool: Pool) -> None:
     root.mkdir()
-    setup = setup_for(root, [pool], mount_point="/mnt/of/before")
-    with pytest.raises(TierUnavailable, match="mounted at /mnt/of/before, and is on that of"):
+    setup = setup_for(root, [pool], mount_points=("/mnt/of/before",))
+    with pytest.raises(TierUnavailable, match="mounted at /mnt/of/before"):
         process.open_tier(setup)
-    process.open_tier(setup_for(root, [pool], mount_point=mount_point(str(root)))).close()
+    process.open_tier(setup_for(root, [pool], mount_points=(mount_point(str(root)),))).close()
 
 
 def test_mount_points() -> None:
     assert mount_point("/proc/self") == "/proc"
     assert mount_point("/") == "/"
-    with pytest.raises(TierUnavailable):
-        mount_point("/nothing/is/here")
+    assert mount_point("/nothing/is/here") == ""
+
+
+def test_of_several_directories_those_that_are_there_go_on(root: Path) -> None:
+    one, other, later = (str(root / name) for name in ("one", "other", "later"))
+    for path in (one, other):
+        os.makedirs(path)
+    assert still_there([one, other, later], ()) == [one, other, later], "the first start makes them"
+    mounted = [mount_point(one), mount_point(other), ""]
+    watch = Watch([one, other, later], mounted)
+    assert not watch.changed
+    os.rename(other, other + "-aside")
+    assert watch.changed and still_there([one, other, later], mounted) == [one]
+    watch = Watch([one, other, later], mounted)
+    os.makedirs(later)
+    assert watch.changed and still_there([one, other, later], mounted) == [one, later]
+    os.rename(one, one + "-aside")
+    os.rename(later, later + "-aside")
+    with pytest.raises(TierUnavailable, match="is gone"):
+        still_there([one, other, later], mounted)
