@@ -9,7 +9,7 @@ SGLANG := .venvs/sglang/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean
+.PHONY: help demo demo-sglang test faults lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ demo-sglang: env-sglang ## the same in SGLang, beside SGLang's own file backend 
 
 test: ## every test gate, within its time budget (builds what it needs)
 	@$(PYTHON) tests/run_gates.py $(ARGS)
+
+faults: env-dev env-vllm env-sglang ## every fault against every door, at length; a table and build/faults.json (about 12 minutes)
+	@$(VLLM) -m tests.environments.models tiny-llama
+	@$(SGLANG) -m tests.environments.sglang_models tiny-sg-llama
+	@$(DEV) -m tests.faults $(ARGS)
 
 lint: env-dev ## ruff and mypy
 	$(DEV) -m ruff check .

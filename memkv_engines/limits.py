@@ -92,9 +92,19 @@ MAX_PENDING_STORE_CHUNKS = 4096
 MAX_OUTBOX_BYTES = 64 * MIB
 SERVICE_START_TIMEOUT_S = 30.0
 SERVICE_REAP_TIMEOUT_S = 2.0
-SERVICE_MAX_RESTARTS = 8
+MAX_DYING_SERVICES = 4
+"""Killed I/O processes that a device keeps from ending; with so many of them no other is started."""
 SERVICE_RESTART_BACKOFF_S = 1.0
+"""Before a lost service is started again; doubles until one of its loads is answered."""
 SERVICE_RESTART_BACKOFF_MAX_S = 60.0
+TRIAL_LOAD_S = 2.0
+"""Deadline of the one load that a service may have at a time until it has proved itself, and what its size adds."""
+TRIAL_LOAD_BYTES_PER_S = 200 * MIB
+STORE_SILENCE_S = 300.0
+"""A service that has stores and answers none of them for so long is started again. Stores stand back while loads are
+pending, up to two seconds a chunk."""
+TIER_WATCH_S = 2.0
+"""How often an I/O process looks whether its directory is still the one at its path."""
 SHUTDOWN_DRAIN_TIMEOUT_S = 10.0
 
 # --- scheduler side ---------------------------------------------------------
@@ -142,6 +152,8 @@ MAX_REMEMBERED_PAGES = 65_536
 """Page hashes whose predecessor is remembered, per pool (about 200 bytes each)."""
 MAX_REMEMBERED_WALKS = 64
 """Look-ups whose chunks are remembered until they are loaded, per pool."""
+CLEAR_TIMEOUT_S = 60.0
+"""Longest that SGLang waits for the removal of a namespace."""
 
 assert LEAF_BYTES % ALIGN_BYTES == 0
 assert MIN_CHUNK_TARGET_BYTES <= DEFAULT_CHUNK_TARGET_BYTES <= MAX_CHUNK_TARGET_BYTES

@@ -8,6 +8,7 @@ COUNTERS: dict[str, str] = {
     "load_jobs": "load jobs finished, successful or not",
     "load_jobs_failed": "load jobs in which at least one chunk was unusable",
     "load_chunks": "chunks read and verified",
+    "load_rereads": "chunks that were wrong when read, and right when read once more",
     "load_blocks": "blocks written into the engine's pages",
     "load_bytes": "payload bytes read from the tier",
     "load_microseconds": "time from submission to completion, summed over load jobs",

@@ -79,6 +79,13 @@ GATES = (
         tools=(("-m", "ruff", "check", "."), ("-m", "ruff", "format", "--check", "."), ("-m", "mypy")),
     ),
     Gate(
+        name="faults",
+        proves="whatever goes wrong below the tier: right bytes or counted misses, in time (engines: their own gates)",
+        budget_s=240,
+        environment="dev",
+        tests="tests/faults",
+    ),
+    Gate(
         name="vllm",
         proves="the package inside a real vLLM on a CPU",
         budget_s=900,

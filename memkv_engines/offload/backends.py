@@ -153,7 +153,13 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + SERVICE_REAP_TIMEOUT_S
     while child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
+    still_dying()
+
+
+def still_dying() -> int:
+    """How many killed children have not ended yet: a device that hangs holds each, and it holds its staging memory."""
     _unreaped[:] = [c for c in _unreaped if c.poll() is None]
+    return len(_unreaped)
 
 
 def _death_signal() -> str:

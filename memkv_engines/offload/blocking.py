@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 
 from memkv_engines.errors import IoServiceError
+from memkv_engines.limits import PROBE_SILENCE_MAX_S, PROBE_SILENCE_S
+from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Segment, StoreChunk
@@ -39,6 +41,8 @@ class BlockingClient:
         self._wanted: set[int] = set()
         self._probing: set[int] = set()
         self._answers: dict[int, Answer] = {}
+        # A tier that does not answer costs one caller its deadline; after that nobody waits for it, but for a trial.
+        self._probe_breaker = Breaker(PROBE_SILENCE_S, PROBE_SILENCE_MAX_S)
         self._closed = threading.Event()
         self._is_read = False
         self._housekeeper = threading.Thread(target=self._keep, name="memkv-housekeeper", daemon=True)
@@ -84,8 +88,13 @@ class BlockingClient:
         return answer if isinstance(answer, StoreResult) else StoreResult(job, ("failed",) * len(chunks))
 
     def probe(self, probe: Probe, timeout_s: float) -> tuple[Segment, ...]:
-        """Look up; what is not known in time is not there. ``probe_id`` is given here."""
+        """Look up; what is not known in time is not there. ``probe_id`` is given here.
+
+        After a look-up that was late, others are answered with nothing at once (``Breaker``) until one is in time.
+        """
         with self._news:
+            if not self._probe_breaker.admits():
+                return ()
             job = self._next()
             self._client.counters.add("probe_requests")
             self._client.submit_probe(probe.numbered(job))
@@ -96,8 +105,9 @@ class BlockingClient:
             self._probing.add(job)
             answer = self._await(job, time.monotonic() + timeout_s)
             self._probing.discard(job)
-            if answer is None:
+            if answer is None and not self._closed.is_set():
                 self._client.counters.add("probe_timeouts")
+                self._probe_breaker.failed()
         return answer.segments if isinstance(answer, ProbeDone) else ()
 
     def manifest(self, manifest: Manifest) -> None:
@@ -151,6 +161,8 @@ class BlockingClient:
 
     def _take(self) -> None:
         answers: list[Answer] = self._client.poll()
+        if any(isinstance(answer, ProbeDone) for answer in answers):
+            self._probe_breaker.succeeded()
         if self._client.mode == "down":
             # Jobs have been answered as failed; look-ups are lost without a word.
             answers += [ProbeDone(job, (), 0) for job in self._probing]

@@ -2,6 +2,10 @@
 
 All methods are called from one engine thread. Only ``start``, ``fence`` and ``close`` block, each with a bound.
 Whatever happens to the service, every job submitted gets exactly one answer: a lost job is answered as failed.
+
+A service that died or hung is started again after a pause that doubles. From then on it is on trial: one load at a
+time, with a short deadline, while all others are misses at once; the first load that it answers ends that. So a tier
+that hangs costs one load its deadline now and then, and nobody else anything.
 """
 
 from __future__ import annotations
@@ -10,16 +14,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from memkv_engines.errors import ConfigError, IoServiceError, MemKVError, TierUnavailable
 from memkv_engines.limits import (
-    SERVICE_MAX_RESTARTS,
+    MAX_DYING_SERVICES,
     SERVICE_RESTART_BACKOFF_MAX_S,
     SERVICE_RESTART_BACKOFF_S,
     SERVICE_START_TIMEOUT_S,
+    STORE_SILENCE_S,
+    TRIAL_LOAD_BYTES_PER_S,
+    TRIAL_LOAD_S,
 )
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
-from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend
+from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend, still_dying
+from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.messages import (
     Gathered,
     Load,
@@ -64,14 +74,19 @@ class _Pending:
     gathered: bool = True
 
 
+class _NotInTime(IoServiceError):
+    """The service gave no sign of life; what it was asked may still hang."""
+
+
 class IoClient:
     """Talks to one I/O service and keeps its promises.
 
     Args:
         setup: what the service needs to know.
         io_process: ``auto`` (child process, threads where that fails), ``on``, ``off``.
-        load_timeout_ms: age at which a load is given up.
+        load_timeout_ms: age at which a load is given up; a service that answers no look-up for so long is ended too.
         fence_timeout_ms: longest wait for gathers.
+        store_silence_s: a service that has stores and answers none for so long is ended, once no load is pending.
         counters: where to count.
     """
 
@@ -82,27 +97,36 @@ class IoClient:
         io_process: str = "auto",
         load_timeout_ms: int = 30_000,
         fence_timeout_ms: int = 2_000,
+        store_silence_s: float = STORE_SILENCE_S,
         counters: Counters | None = None,
     ) -> None:
         self._setup = setup
         self._io_process = io_process
         self._load_timeout_s = load_timeout_ms / 1000
         self._fence_timeout_s = fence_timeout_ms / 1000
+        self._store_silence_s = store_silence_s
+        self._block_bytes = {g.group: g.block_bytes for g in setup.groups}
         self.counters = counters or Counters()
         self.ready = Ready()
         self._backend: Backend | None = None
         self._starting: ProcessBackend | None = None
         self._loads: dict[int, _Pending] = {}
         self._stores: dict[int, _Pending] = {}
+        self._probes: set[int] = set()
+        # When the service was last heard of on a store or a look-up, or had none.
+        self._store_news = self._probe_news = 0.0
         self._results: list[LoadResult | StoreResult | ProbeDone] = []
-        self._restarts = 0
-        self._restart_at = 0.0
+        self._breaker = Breaker(SERVICE_RESTART_BACKOFF_S, SERVICE_RESTART_BACKOFF_MAX_S)
+        self._start_deadline = 0.0
         self._closed = False
 
     # --- life ----------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the service and wait until it is ready.
+        """Start the service and wait until it is ready, for at most ``SERVICE_START_TIMEOUT_S``.
+
+        A child process that gives no answer in that time, as on a mount that hangs, does not keep the engine from
+        starting: there is no storage then until a later start of it succeeds.
 
         Raises:
             ConfigError: the tier or the transport cannot be used; nothing to do with the child process.
@@ -114,6 +138,10 @@ class IoClient:
                 return
             except ConfigError:
                 raise
+            except _NotInTime as error:
+                # Threads would hang just the same, and could not be killed.
+                self._lose_service(f"{error}; is the file system of {self._setup.tier_path} hung?")
+                return
             except (MemKVError, OSError) as error:
                 if self._io_process == "on":
                     raise IoServiceError(f"io_process=on, but the I/O process does not work: {error}") from error
@@ -137,11 +165,17 @@ class IoClient:
         except TierUnavailable as error:
             raise ConfigError(str(error)) from error
         try:
-            self.ready = self._greeting(backend)
+            self._take_greeting(self._greeting(backend))
         except BaseException:
             backend.kill()
             raise
         return backend
+
+    def _take_greeting(self, ready: Ready) -> None:
+        self.ready = ready
+        if not self._setup.mount_points:
+            # From now on the directories must be found there, and are not made any more.
+            self._setup = msgspec.structs.replace(self._setup, mount_points=ready.mount_points)
 
     @staticmethod
     def _greeting(backend: Backend) -> Ready:
@@ -156,7 +190,7 @@ class IoClient:
                     raise IoServiceError(reply.error)
                 return reply
             backend.wait(0.05)
-        raise IoServiceError(f"the I/O service was not ready after {SERVICE_START_TIMEOUT_S:.0f} s")
+        raise _NotInTime(f"the I/O service was not ready after {SERVICE_START_TIMEOUT_S:.0f} s")
 
     def close(self) -> None:
         """Let gathered stores finish, bounded, then end the service for good. Idempotent."""
@@ -172,17 +206,28 @@ class IoClient:
 
     def submit_load(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
         """Start a load; a ``LoadResult`` will come from ``poll``."""
-        self._loads[job_id] = _Pending(len(runs), time.monotonic() + self._load_timeout_s)
+        timeout_s = self._load_timeout_s
+        if not self._breaker.closed:
+            if self._loads or self._backend is None:
+                self._fail_load(job_id, len(runs))
+                return
+            timeout_s = min(timeout_s, TRIAL_LOAD_S + self._bytes_of(runs) / TRIAL_LOAD_BYTES_PER_S)
+        self._loads[job_id] = _Pending(len(runs), time.monotonic() + timeout_s)
         self._send(Load(job_id, runs))
 
     def submit_store(self, job_id: int, chunks: tuple[StoreChunk, ...]) -> None:
         """Start a store; the pages must not change before ``fence`` returns. A ``StoreResult`` will come."""
         # A store has no deadline of its own: what the engine waits for is the fence.
+        if not self._stores:
+            self._store_news = time.monotonic()
         self._stores[job_id] = _Pending(len(chunks), float("inf"), gathered=False)
         self._send(Store(job_id, chunks))
 
     def submit_probe(self, probe: Probe) -> None:
         """Start a look-up; a ``ProbeDone`` will come unless the service dies: callers keep their own deadline."""
+        if not self._probes:
+            self._probe_news = time.monotonic()
+        self._probes.add(probe.probe_id)
         self._send(probe)
 
     def submit_manifest(self, manifest: Manifest) -> None:
@@ -222,11 +267,12 @@ class IoClient:
         self._lose_service(why)
 
     def poll(self) -> list[LoadResult | StoreResult | ProbeDone]:
-        """Results that have come in; never blocks. Gives up overdue loads (kills the service first)."""
+        """Results that have come in; never blocks. Gives up what is overdue (kills the service first)."""
         self._receive()
         now = time.monotonic()
-        if any(p.deadline <= now for p in self._loads.values()):
-            self._lose_service("a load is overdue")
+        overdue = self._overdue(now)
+        if overdue:
+            self._lose_service(overdue)
         if self._backend is None and not self._closed:
             self._try_restart(now)
         results, self._results = self._results, []
@@ -249,6 +295,21 @@ class IoClient:
             backend.wait(timeout_s)
 
     # --- inside --------------------------------------------------------------
+
+    def _overdue(self, now: float) -> str:
+        """What the service has not answered in time; empty if nothing."""
+        if any(p.deadline <= now for p in self._loads.values()):
+            return "a load is overdue"
+        if self._io_process == "off":
+            return ""  # Threads are not started again: what is late may still come.
+        if self._probes and now > self._probe_news + self._load_timeout_s:
+            return "look-ups are overdue"
+        if self._stores and not self._loads and now > self._store_news + self._store_silence_s:
+            return "stores are overdue"
+        return ""
+
+    def _bytes_of(self, runs: tuple[LoadRun, ...]) -> int:
+        return sum(len(run.block_ids) // 4 * self._block_bytes.get(run.group, 0) for run in runs)
 
     def _send(self, message: Request) -> None:
         if self._backend is None:
@@ -278,15 +339,19 @@ class IoClient:
             pending = self._loads.pop(reply.job_id, None)
             if pending is None or len(reply.kinds) != pending.parts or len(reply.good_blocks) != pending.parts:
                 if pending is not None:
-                    self._fail_load(reply.job_id, pending)
+                    self._fail_load(reply.job_id, pending.parts)
                 return
+            self._breaker.succeeded()
             self._count_load(reply)
             self._results.append(LoadResult(reply.job_id, reply.good_blocks, reply.kinds))
         elif isinstance(reply, StoreDone):
+            self._store_news = time.monotonic()
             if self._stores.pop(reply.job_id, None) is not None:
                 self._count_store(reply)
                 self._results.append(StoreResult(reply.job_id, reply.outcomes))
         elif isinstance(reply, ProbeDone):
+            self._probe_news = time.monotonic()
+            self._probes.discard(reply.probe_id)
             self._results.append(reply)
 
     def _count_load(self, reply: LoadDone) -> None:
@@ -296,6 +361,7 @@ class IoClient:
         count("load_bytes", reply.read_bytes)
         count("load_microseconds", reply.elapsed_us)
         count("load_chunks", reply.chunks)
+        count("load_rereads", reply.reread)
         if any(reply.kinds):
             count("load_jobs_failed")
         for kind in reply.kinds:
@@ -321,23 +387,24 @@ class IoClient:
         if backend is not None:
             # Only after this is it safe to tell the engine that its pages are its own again.
             backend.kill()
-        self._restart_at = time.monotonic() + self._backoff_s()
+        self._breaker.failed()
         self._fail_pending()
 
     def _fail_pending(self) -> None:
+        self._probes.clear()
         for job_id, pending in list(self._loads.items()):
-            self._fail_load(job_id, pending)
+            self._fail_load(job_id, pending.parts)
         self._loads.clear()
         for job_id, pending in self._stores.items():
             self.counters.add("store_failed", pending.parts)
             self._results.append(StoreResult(job_id, ("failed",) * pending.parts))
         self._stores.clear()
 
-    def _fail_load(self, job_id: int, pending: _Pending) -> None:
+    def _fail_load(self, job_id: int, parts: int) -> None:
         self.counters.add("load_jobs")
         self.counters.add("load_jobs_failed")
-        self.counters.add("miss_io_service", pending.parts)
-        self._results.append(LoadResult(job_id, (0,) * pending.parts, ("io_service",) * pending.parts))
+        self.counters.add("miss_io_service", parts)
+        self._results.append(LoadResult(job_id, (0,) * parts, ("io_service",) * parts))
 
     def _try_restart(self, now: float) -> None:
         """Bring a lost child process back without blocking: spawn it, then look for its greeting at later polls.
@@ -346,14 +413,13 @@ class IoClient:
         """
         if self._starting is not None:
             self._await_restart(now)
-        elif self._io_process != "off" and now >= self._restart_at and self._restarts < SERVICE_MAX_RESTARTS:
-            self._restarts += 1
+        elif self._io_process != "off" and still_dying() < MAX_DYING_SERVICES and self._breaker.admits():
             self.counters.add("io_service_restarts")
-            self._restart_at = now + SERVICE_START_TIMEOUT_S
+            self._start_deadline = now + SERVICE_START_TIMEOUT_S
             try:
                 self._starting = ProcessBackend(self._setup)
             except (MemKVError, OSError) as error:
-                self._give_up_restart(now, str(error))
+                self._give_up_restart(str(error))
 
     def _await_restart(self, now: float) -> None:
         backend = self._starting
@@ -363,22 +429,20 @@ class IoClient:
             greeting = next((r for r in backend.receive() if isinstance(r, Ready)), None)
         except IoServiceError as error:
             greeting = Ready(error=str(error))
-        if greeting is None and now < self._restart_at:
+        if greeting is None and now < self._start_deadline:
             return
         self._starting = None
         if greeting is None or greeting.error:
             backend.kill()
-            self._give_up_restart(now, greeting.error if greeting else "no greeting in time")
+            self._give_up_restart(greeting.error if greeting else "no greeting in time")
             return
-        self._backend, self.ready = backend, greeting
-        log.warning("I/O service runs again (restart %d of %d)", self._restarts, SERVICE_MAX_RESTARTS)
+        self._backend = backend
+        self._take_greeting(greeting)
+        log.warning("I/O service runs again")
 
-    def _give_up_restart(self, now: float, why: str) -> None:
+    def _give_up_restart(self, why: str) -> None:
         log.warning("I/O service does not start: %s", why)
-        self._restart_at = now + self._backoff_s()
-
-    def _backoff_s(self) -> float:
-        return float(min(SERVICE_RESTART_BACKOFF_S * 2**self._restarts, SERVICE_RESTART_BACKOFF_MAX_S))
+        self._breaker.failed()
 
 
 MISS_COUNTERS = frozenset(

@@ -186,6 +186,11 @@ class DeviceLoads:
             return True
         per_slot = next(spec.blocks_per_chunk for spec in self._staging.specs if spec.group == chunk.group)
         need = -(-len(chunk.block_ids) // per_slot)
+        if not need:
+            log.warning("load refused: it takes no block")
+            part.kind = IoServiceError.kind
+            self._settle(part)
+            return True
         if need > self._staging.slots(chunk.group, for_loads=True):
             log.warning("a chunk of %d blocks needs more than all staging: raise staging_bytes", len(chunk.block_ids))
             part.kind = IoServiceError.kind

@@ -19,7 +19,7 @@ from memkv_engines.offload.groups import Group
 from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome, expand_run
 from memkv_engines.offload.messages import Load, LoadDone
 from memkv_engines.offload.pages import Pages
-from memkv_engines.offload.staging import StagingPool
+from memkv_engines.offload.staging import Slot, StagingPool
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
 from memkv_engines.tier.base import Tier
 
@@ -60,6 +60,7 @@ class _Job:
             sum(not o.kind for o in done),
             sum(o.read_bytes for o in done),
             int((time.perf_counter() - self.started) * 1e6),
+            sum(o.reread for o in done),
         )
 
 
@@ -174,14 +175,28 @@ class LoadJobs:
                 outcome = LoadOutcome(0, "skipped", 0)
             else:
                 outcome = load.finish()
-            if outcome.kind in REMOVABLE_KINDS:
-                with contextlib.suppress(MemKVError, OSError):
-                    self._tier.remove(load.folder, load.name)
+                if outcome.kind in REMOVABLE_KINDS:
+                    outcome = self._read_again(item, load.slot, outcome)
         except JOB_ERRORS as error:
             failure, outcome = error, _failed(error)
         finally:
             self._staging.release(load.slot, failure)
         self._settle(item, outcome)
+
+    def _read_again(self, item: _Item, slot: Slot, first: LoadOutcome) -> LoadOutcome:
+        """A chunk that was not right, once more: memory, bus and network err too, and others may have use for it.
+
+        One that is wrong again is removed.
+        """
+        load = ChunkLoad(item.chunk, self._groups[item.chunk.group], self._tier, self._pages, slot)
+        load.read()
+        outcome = load.finish()
+        if outcome.kind in REMOVABLE_KINDS:
+            with contextlib.suppress(MemKVError, OSError):
+                self._tier.remove(load.folder, load.name)
+        return LoadOutcome(
+            outcome.good_blocks, outcome.kind, first.read_bytes + outcome.read_bytes, reread=not outcome.kind
+        )
 
     def _settle(self, item: _Item, outcome: LoadOutcome) -> None:
         job = item.job

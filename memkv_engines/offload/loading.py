@@ -74,11 +74,13 @@ def expand_run(run: LoadRun) -> list[LoadChunk]:
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """Blocks that are good and in place, what stopped the rest (empty: nothing) and the bytes read."""
+    """Blocks that are good and in place, what stopped the rest (empty: nothing), the bytes read, and whether it took a
+    second reading."""
 
     good_blocks: int
     kind: str
     read_bytes: int
+    reread: bool = False
 
 
 class ChunkLoad:

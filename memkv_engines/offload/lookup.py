@@ -23,6 +23,7 @@ from memkv_engines.limits import (
     PROBE_SILENCE_S,
 )
 from memkv_engines.metrics import Counters
+from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.index import ChunkIndex
 from memkv_engines.offload.messages import Probe, ProbeDone, Segment, split_hashes
 from memkv_engines.offload.milestones import Milestones
@@ -127,7 +128,7 @@ class PrefixLookup:
         self._late: OrderedDict[int, tuple[str, int, Sequence[bytes], int]] = OrderedDict()
         self._next_probe = 0
         # A tier that does not answer costs each request one deadline; after the first ones nobody waits for it.
-        self._silence_s, self._silent_until = PROBE_SILENCE_S / 2, 0.0
+        self._breaker = Breaker(PROBE_SILENCE_S, PROBE_SILENCE_MAX_S, clock)
 
     def ask(
         self, request_id: str, hashes: Sequence[Sequence[bytes]], computed_tokens: int, namespace: bytes
@@ -314,14 +315,13 @@ class PrefixLookup:
             self._give_up(asked.waiting.pop(group.group))
             asked.answered.add((group.group, start))
             self._counters.add("probe_timeouts")
-            self._silence_s = min(2 * self._silence_s, PROBE_SILENCE_MAX_S)
-            self._silent_until = now + self._silence_s
+            self._breaker.failed()
             return False
         if asked.answered & {(group.group, start), (group.group, end)}:
             return False
-        if now >= asked.deadline or now < self._silent_until:
+        if now >= asked.deadline or len(self._probes) >= MAX_PROBES_IN_FLIGHT:
             return False
-        if (group.group, hashes[end]) in self._misses or len(self._probes) >= MAX_PROBES_IN_FLIGHT:
+        if (group.group, hashes[end]) in self._misses or not self._breaker.admits():
             return False
         self._next_probe += 1
         asked.waiting[group.group] = self._next_probe
@@ -343,6 +343,13 @@ class PrefixLookup:
         )
         return True
 
+    def lose_service(self) -> None:
+        """Whoever was to answer has gone: nobody need wait for what was asked."""
+        now = self._clock()
+        for asked in self._asked.values():
+            if asked.waiting:
+                asked.deadline = min(asked.deadline, now)
+
     def _give_up(self, probe_id: int) -> None:
         probe = self._probes.pop(probe_id, None)
         if probe is not None:
@@ -352,7 +359,7 @@ class PrefixLookup:
 
     def take_probe(self, reply: ProbeDone) -> None:
         """Learn what a probe found; a reply that comes too late still feeds the index."""
-        self._silence_s, self._silent_until = PROBE_SILENCE_S / 2, 0.0
+        self._breaker.succeeded()
         probe = self._probes.pop(reply.probe_id, None) or self._late.pop(reply.probe_id, None)
         if probe is None:
             return

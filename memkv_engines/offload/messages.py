@@ -38,6 +38,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
 
     ``transport``, ``gds`` and ``nixl_plugin`` are the policy of ``transports.select``; a service that only probes reads
     headers, for which posix is as good as any.
+    ``mount_points`` is empty at the first start. Later ones must find the directories where they were (``places``).
     """
 
     tier_path: str
@@ -54,6 +55,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     transport: str = "posix"
     gds: str = "auto"
     nixl_plugin: str = "POSIX"
+    mount_points: tuple[str, ...] = ()
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -141,10 +143,11 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The service runs (``error`` empty) or cannot."""
+    """The service runs (``error`` empty) or cannot. ``mount_points`` are those of the tier's directories."""
 
     tier_name: str = ""
     mode_reason: str = ""
+    mount_points: tuple[str, ...] = ()
     error: str = ""
     error_kind: str = ""
 
@@ -165,7 +168,10 @@ class StoreDone(msgspec.Struct, frozen=True, tag="store_done"):
 
 
 class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
-    """Per run: how many of its leading blocks are good and in place, and why it stopped there (empty: all are)."""
+    """Per run: how many of its leading blocks are good and in place, and why it stopped there (empty: all are).
+
+    ``reread`` chunks were right only when they were read a second time.
+    """
 
     job_id: int
     good_blocks: tuple[int, ...]
@@ -173,6 +179,7 @@ class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
     chunks: int
     read_bytes: int
     elapsed_us: int
+    reread: int = 0
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -200,6 +207,8 @@ class ProbeDone(msgspec.Struct, frozen=True, tag="probe_done"):
 Request = Union[Setup, Store, Load, Probe, Manifest, Stop]  # noqa: UP007 - msgspec needs the runtime union on 3.10
 Reply = Union[Ready, Gathered, StoreDone, LoadDone, ProbeDone]  # noqa: UP007
 
+# A text that is no UTF-8 is not among msgspec's own errors.
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)
 _reply_decoder = msgspec.msgpack.Decoder(Reply)
@@ -219,7 +228,7 @@ def decode_request(data: bytes | memoryview) -> Request:
     try:
         message: Request = _request_decoder.decode(data)
         return message
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise IoServiceError(f"malformed request: {error}") from error
 
 
@@ -232,7 +241,7 @@ def decode_reply(data: bytes | memoryview) -> Reply:
     try:
         message: Reply = _reply_decoder.decode(data)
         return message
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise IoServiceError(f"malformed reply: {error}") from error
 
 

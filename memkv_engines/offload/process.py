@@ -12,18 +12,24 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 
 from memkv_engines.config import split_paths
 from memkv_engines.errors import IoServiceError, MemKVError
-from memkv_engines.limits import SHUTDOWN_DRAIN_TIMEOUT_S
+from memkv_engines.limits import SHUTDOWN_DRAIN_TIMEOUT_S, TIER_WATCH_S
+from memkv_engines.log import get_logger
 from memkv_engines.offload.channel import ServiceEnd
 from memkv_engines.offload.keeping import start_keepers
 from memkv_engines.offload.messages import Ready, Reply, Setup, Stop, decode_request, encode
 from memkv_engines.offload.pages import Pages, ProcessVmPages
+from memkv_engines.offload.places import Watch, mount_point, still_there
 from memkv_engines.offload.service import IoService
 from memkv_engines.tier.directory import DirectoryTier
 from memkv_engines.tier.striped import StripedTier, open_directories
 from memkv_engines.transports.select import Policy, plan
+
+log = get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 # A thread that comes back from the device must not wait the usual 5 ms (longer than a chunk takes) to start the next.
@@ -56,7 +62,10 @@ def main(argv: list[str]) -> int:
     service.start()
     if not setup.read_only:
         start_keepers(tier)
-    end.send(encode(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason)))
+    mount_points = setup.mount_points or tuple(map(mount_point, _paths(setup)))
+    places = Watch(_paths(setup), mount_points)
+    threading.Thread(target=_end_if_changed, args=(places,), name="memkv-watch", daemon=True).start()
+    end.send(encode(Ready(tier.name, tier.mode_report.reason, mount_points)))
     return _serve(end, service, messages)
 
 
@@ -64,10 +73,10 @@ def open_tier(setup: Setup) -> DirectoryTier | StripedTier:
     """Open the directory, or the directories, a setup names, with the transport its policy chooses.
 
     Raises:
-        TierUnavailable: no directory can be used.
+        TierUnavailable: no directory can be used, or none is where it was at the first start.
         ConfigError: the transport that was asked for cannot be had here.
     """
-    paths = split_paths(setup.tier_path)
+    paths = still_there(_paths(setup), setup.mount_points)
     policy = Policy(setup.transport, setup.gds, setup.nixl_plugin)
     return open_directories(
         paths,
@@ -90,6 +99,18 @@ def _serve(end: ServiceEnd, service: IoService, messages: list[bytes]) -> int:
         messages = end.receive()
         if not messages:
             return 0
+
+
+def _paths(setup: Setup) -> list[str]:
+    return split_paths(setup.tier_path)
+
+
+def _end_if_changed(places: Watch) -> None:
+    """End this process when its directories are not there any more or others are; the engine starts one for those."""
+    while not places.changed:
+        time.sleep(TIER_WATCH_S)
+    log.warning("the tier's directories have changed: the I/O process ends")
+    os._exit(1)
 
 
 def _connect_pages(setup: Setup) -> Pages | None:

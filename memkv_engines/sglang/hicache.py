@@ -115,7 +115,7 @@ class MemKVHiCache(HiCacheStorage):
 
     @guarded(lambda: False, refusals=False)
     def clear(self) -> bool:
-        """Remove every chunk of this namespace from the tier. Blocks while it lists the folder."""
+        """Remove every chunk of this namespace from the tier. Blocks while it lists the folder, bounded."""
         self._started().clear()
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTr
 from memkv_engines.config import Config, split_paths
 from memkv_engines.doors.fingerprint import ParameterSums
 from memkv_engines.doors.io_client import DevicePages, worker_client
+from memkv_engines.errors import MemKVError, TierUnavailable
+from memkv_engines.limits import CLEAR_TIMEOUT_S
 from memkv_engines.log import get_logger
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.messages import Manifest
@@ -128,7 +131,29 @@ class PageStores:
         return store.store(keys, prefix, indices) if store is not None and self._config.policy.store else None
 
     def clear(self) -> None:
-        """Remove every chunk of this namespace from the tier. Blocks while it lists the folder."""
+        """Remove every chunk of this namespace from the tier. Blocks while it lists the folder, bounded.
+
+        Raises:
+            TierUnavailable: it failed, or is not done yet and goes on in the background.
+        """
+        failed: list[Exception] = []
+
+        def remove() -> None:
+            try:
+                self._remove_all()
+            except (MemKVError, OSError) as error:
+                failed.append(error)
+
+        # On a thread of its own: a mount that hangs must not take SGLang's scheduler with it.
+        thread = threading.Thread(target=remove, name="memkv-clear", daemon=True)
+        thread.start()
+        thread.join(CLEAR_TIMEOUT_S)
+        if thread.is_alive():
+            raise TierUnavailable(f"namespace {self._folder} is not empty after {CLEAR_TIMEOUT_S:.0f} s")
+        if failed:
+            raise TierUnavailable(f"namespace {self._folder} cannot be emptied: {failed[0]}") from failed[0]
+
+    def _remove_all(self) -> None:
         tier = open_directories(split_paths(self._config.tier.path), direct_io="off")
         try:
             for name in list(tier.names(self._folder)):

@@ -7,6 +7,7 @@ directory descriptor and follow no links. Torn or lost writes are found by the c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from memkv_engines.errors import (
     ChunkForeign,
     ChunkMissing,
+    TierError,
     TierFull,
     TierUnavailable,
     TransportError,
@@ -163,10 +165,13 @@ class DirectoryTier(Tier):
 
     def _account(self, folder: str, size_bytes: int) -> None:
         if self._usage is not None:
-            self._usage.add(size_bytes)
+            # What was done is done: a count that is off until the next scan is no reason to call it failed.
+            with contextlib.suppress(TierError):
+                self._usage.add(size_bytes)
         account = self._accounts.of(folder)
         if account is not None:
-            account.usage.add(size_bytes)
+            with contextlib.suppress(TierError):
+                account.usage.add(size_bytes)
         with self._lock:
             self._written_bytes += size_bytes
 

@@ -15,6 +15,7 @@ from memkv_engines.limits import MAX_BUCKET_ENTRIES_LISTED
 
 DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _EVICTING = ".evicting"
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Folder:

@@ -44,7 +44,8 @@ class UsageFile:
         name: of the file.
 
     Raises:
-        TierUnavailable: the file cannot be opened. A device without room is no reason: it is tried again later.
+        TierUnavailable: the file cannot be opened; of every method but ``close``: locked, read or written. A device
+            without room is no reason: it is tried again later.
     """
 
     def __init__(self, root_fd: int, name: str = NAME) -> None:

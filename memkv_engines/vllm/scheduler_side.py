@@ -212,6 +212,8 @@ class SchedulerSide:
         for result in self._client.poll():
             if isinstance(result, ProbeDone):
                 self._lookup.take_probe(result)
+        if self._client.mode == "down":
+            self._lookup.lose_service()
 
     def _tracked(self, request: Any) -> _Tracked:
         tracked = self._requests.get(request.request_id)

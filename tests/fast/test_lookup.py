@@ -214,6 +214,24 @@ def test_silence_ends() -> None:
     assert world.ask_once(chain(N, "b"), request="b") is None
 
 
+def test_after_a_silence_one_request_waits_and_the_others_do_not() -> None:
+    world = World()
+    assert world.ask_once(chain(N)) is None
+    world.clock.now += 0.3
+    assert world.ask_once(chain(N)) == Hit(0, {0: ()})
+    world.clock.now += 2.0
+    asked = [world.ask_once(chain(N, name), request=name) for name in "bcd"]
+    assert asked == [None, Hit(0, {0: ()}), Hit(0, {0: ()})]
+
+
+def test_nobody_waits_for_a_prober_that_has_gone() -> None:
+    world = World()
+    assert world.ask_once(chain(N)) is None
+    world.lookup.lose_service()
+    assert world.ask_once(chain(N)) == Hit(0, {0: ()})
+    assert world.counters["probe_timeouts"] == 1
+
+
 def test_a_request_that_goes_leaves_nothing_behind() -> None:
     world, hashes = World(), chain(N)
     world.put(hashes)

@@ -14,6 +14,7 @@ from memkv_engines.offload.pages import Iovecs, MappedPages, Pages
 from memkv_engines.offload.service import IoService, staging_slots
 from memkv_engines.tier.base import ChunkReader
 from memkv_engines.tier.memory import MemoryTier
+from memkv_engines.transports.memory import MemoryTransport
 from tests.fast.io_samples import BLOCKS_PER_CHUNK as N
 from tests.fast.io_samples import block_outermost, make_run, make_store, until
 from tests.fast.samples import chain
@@ -187,3 +188,22 @@ def test_what_was_submitted_is_finished_at_the_end(bench: Bench) -> None:
 )
 def test_staging_is_shared_out(staging_mib: int, slot_mib: int, io_threads: int, expected: tuple[int, int]) -> None:
     assert staging_slots(staging_mib << 20, slot_mib << 20, io_threads) == expected
+
+
+def test_what_is_right_when_read_once_more_is_a_hit_and_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory, bus and network err too; the chunk may be good for everybody else."""
+    stored(bench)
+    read, bad = MemoryTransport.read, threading.Lock()
+
+    def read_wrong_once(self: MemoryTransport, handle: bytearray, views: list[memoryview], offset: int) -> None:
+        read(self, handle, views, offset)
+        if bad.acquire(blocking=False):
+            views[-1][-1] ^= 1
+
+    monkeypatch.setattr(MemoryTransport, "read", read_wrong_once)
+    kept = len(bench.tier._objects)
+    bench.load_all()
+    done = bench.reply()
+    assert isinstance(done, LoadDone)
+    assert (done.good_blocks, done.kinds, done.reread) == ((N * CHUNKS,), ("",), 1)
+    assert len(bench.tier._objects) == kept

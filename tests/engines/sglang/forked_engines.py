@@ -23,7 +23,15 @@ from tests.environments.engine_env import ROOT
 
 LOG = ROOT / "build" / "logs" / "sglang-preloader.log"
 # Read after the import; an engine with any other variable of its own starts in the plain way.
-READ_LATE = ("TMPDIR", "SGLANG_CPU_OMP_THREADS_BIND", "MEMKV_RESTORE_TIMERS")
+READ_LATE = (
+    "TMPDIR",
+    "SGLANG_CPU_OMP_THREADS_BIND",
+    "MEMKV_RESTORE_TIMERS",
+    # For the processes it starts itself: those of the fault suite.
+    "LD_PRELOAD",
+    "MEMKV_FAULTS_CONTROL",
+    "PYTHONPATH",
+)
 
 
 class Refused(Exception):

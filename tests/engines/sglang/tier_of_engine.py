@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memkv_engines.chunk.codec import decode_header
+from memkv_engines.keys import ChunkName
 from tests.engines.sglang.engines import PAGE_TOKENS
 
 
 def stored_tokens(tier: Path) -> int:
     """Tokens of full attention in the tier, by the names of the chunks."""
-    return PAGE_TOKENS * sum(int(p.name.split("-b")[1].split("-")[0]) for p in tier.rglob("*-g0-*.kv"))
+    names = (ChunkName.parse(path.name) for path in tier.rglob("*.kv"))
+    return PAGE_TOKENS * sum(name.block_count for name in names if name.group == 0)
 
 
 def damage_file(path: Path) -> None:

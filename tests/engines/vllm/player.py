@@ -33,6 +33,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from tests.engines.vllm import damage
+from tests.faults.control import FAULTS, Injector
 
 ENGINE = {
     "dtype": "float32",
@@ -72,6 +73,7 @@ class Player:
         self._adapters: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
         self._timers: list[threading.Timer] = []
+        self._injector: Injector | None = None
 
     # --- engines -------------------------------------------------------------
 
@@ -304,6 +306,32 @@ class Player:
         timer = threading.Timer(after_s, send)
         self._timers.append(timer)
         timer.start()
+
+    def environment(self, variables: dict[str, str]) -> None:
+        """Set variables; the connector's I/O processes of later engines get them."""
+        os.environ.update(variables)
+
+    def arm(self, control: str, fault: str, seed: int, per_1024: int) -> None:
+        """From now on things go wrong below the tier.
+
+        Args:
+            control: the control file that the environment names.
+            fault: one of `FAULTS`.
+            seed: of the choice of calls.
+            per_1024: the chance of each call.
+        """
+        self.disarm()
+        self._injector = Injector(self._directory, control=Path(control))
+        self._injector.arm(FAULTS[fault], seed=seed, per_1024=per_1024)
+
+    def disarm(self) -> Report:
+        """Everything is well again; how often something went wrong."""
+        injector, self._injector = self._injector, None
+        if injector is None:
+            return {"injected": 0}
+        injected = injector.disarm()
+        injector.close()
+        return {"injected": injected}
 
     def limit_files(self, size_bytes: int) -> None:
         """Bound the size of files that the I/O processes may write, as a full disk would; -1 for no bound."""
