@@ -99,7 +99,10 @@ def check_ids(block_ids: npt.ArrayLike, num_blocks: int, *, distinct: bool) -> I
     Raises:
         GpuError: no ids, an id out of range, or repeated where that is not allowed.
     """
-    ids = np.asarray(block_ids, dtype=np.int64)
+    try:
+        ids = np.asarray(block_ids, dtype=np.int64)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise GpuError(f"block ids that are no numbers of blocks: {error}") from error
     if ids.ndim != 1 or not 1 <= ids.size <= MAX_BLOCKS_PER_CHUNK:
         raise GpuError(f"block ids of shape {ids.shape}; 1 to {MAX_BLOCKS_PER_CHUNK} ids are wanted")
     low, high = int(ids.min()), int(ids.max())

@@ -184,13 +184,13 @@ class DeviceLoads:
             part.kind = IoServiceError.kind if late else "skipped"
             self._settle(part)
             return True
-        per_slot = next(spec.blocks_per_chunk for spec in self._staging.specs if spec.group == chunk.group)
-        need = -(-len(chunk.block_ids) // per_slot)
-        if not need:
-            log.warning("load refused: it takes no block")
+        per_slot = self._staging.blocks_per_slot(chunk.group)
+        if not per_slot or not len(chunk.block_ids):
+            log.warning("load refused: group %d, %d blocks", chunk.group, len(chunk.block_ids))
             part.kind = IoServiceError.kind
             self._settle(part)
             return True
+        need = -(-len(chunk.block_ids) // per_slot)
         if need > self._staging.slots(chunk.group, for_loads=True):
             log.warning("a chunk of %d blocks needs more than all staging: raise staging_bytes", len(chunk.block_ids))
             part.kind = IoServiceError.kind

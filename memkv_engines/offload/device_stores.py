@@ -98,7 +98,11 @@ class DeviceStores:
         job = _Job(job_id, [""] * len(chunks))
         self.pending += 1
         for index, chunk in enumerate(chunks):
-            self._unstarted.append(_Unstarted(job, index, chunk))
+            if 0 < len(chunk.block_ids) <= self._staging.blocks_per_slot(chunk.group):
+                self._unstarted.append(_Unstarted(job, index, chunk))
+            else:
+                log.warning("store refused: group %d, %d blocks", chunk.group, len(chunk.block_ids))
+                self._lose(job, index, "failed")
         if not chunks:
             self._finish(job)
         self._start()

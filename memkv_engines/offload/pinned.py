@@ -86,6 +86,10 @@ class PinnedStaging:
         tile = TileSpec(base, stride_bytes, group.block_bytes)
         self.specs += (msgspec.structs.replace(group, num_blocks=slots * per_slot, tiles=(tile,)),)
 
+    def blocks_per_slot(self, group: int) -> int:
+        """How many blocks of a group a slot holds; 0 for a group that is not known."""
+        return next((spec.blocks_per_chunk for spec in self.specs if spec.group == group), 0)
+
     def slots(self, group: int, *, for_loads: bool) -> int:
         """How many slots there are, free or not."""
         return sum(s.group == group and loads == for_loads for s, loads in self._for_loads.items())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import numpy.typing as npt
 
 from memkv_engines.chunk.layout import KVLayout, Tile, align_up
 from memkv_engines.errors import GpuError, GpuOverdue
+from memkv_engines.gpu.kernels import check_ids
 from memkv_engines.offload.messages import GroupSpec
 from memkv_engines.offload.pinned import PinnedStaging
 
@@ -80,9 +80,7 @@ class LateMover:
     def scatter(
         self, group: int, payload_address: int, block_ids: npt.ArrayLike, *, after_stream: int
     ) -> LateTicket | None:
-        ids = np.asarray(block_ids)
-        assert len(set(ids.tolist())) == len(ids)
-        return self._queue(group, ids, payload_address, after_stream, to_staging=False)
+        return self._queue(group, block_ids, payload_address, after_stream, to_staging=False)
 
     def close(self) -> None:
         for ticket in self._tickets:
@@ -100,7 +98,8 @@ class LateMover:
             # A device goes on by itself: the oldest work ends, for whoever comes next.
             self._tickets[0].run()
             return None
-        layout, ids = self._layouts[group], np.asarray(block_ids, dtype=np.int32)
+        layout = self._layouts[group]
+        ids = check_ids(block_ids, layout.num_blocks, distinct=not to_staging)
         stride = align_up(layout.block_bytes)
         assert address in self._region and address + (len(ids) - 1) * stride + layout.block_bytes <= self._region.stop
 
