@@ -33,6 +33,7 @@ def worker_client(
         transport=config.transport.transport,
         gds=config.transport.gds,
         nixl_plugin=config.transport.nixl_plugin,
+        staging_medium=config.transport.staging_medium,
     )
     return IoClient(
         setup,

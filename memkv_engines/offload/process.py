@@ -65,14 +65,14 @@ def open_tier(setup: Setup) -> DirectoryTier:
         TierUnavailable: the directory cannot be used.
         ConfigError: the transport that was asked for cannot be had here.
     """
-    policy = Policy(setup.transport, setup.gds, setup.nixl_plugin)
+    policy = Policy(setup.transport, setup.gds, setup.nixl_plugin, setup.staging_medium)
     return DirectoryTier(
         setup.tier_path,
         direct_io=setup.direct_io,
         capacity_bytes=setup.capacity_bytes,
         read_only=setup.read_only,
         eviction=setup.eviction,
-        transport=plan(policy, setup.tier_path, threads=setup.io_threads),
+        transport=plan(policy, setup.tier_path, on_gpu=setup.kv_on_gpu, threads=setup.io_threads),
     )
 
 
