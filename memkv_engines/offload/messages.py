@@ -36,7 +36,7 @@ class GroupSpec(msgspec.Struct, frozen=True):
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
     """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory.
 
-    ``transport`` to ``staging_medium`` are the policy of ``transports.select``, and ``kv_on_gpu`` tells where the engine's
+    ``transport`` to ``staging_medium`` are the policy of ``transports.select``; ``kv_on_gpu`` tells where the engine's
     pages are. A service that only probes reads headers, for which posix is as good as any.
     """
 
