@@ -387,8 +387,8 @@ class DirectoryTier(Tier):
             for name, info in self._chunks(folder):
                 yield StoredChunk(f"{folder}/{name.text}", info.st_size, info.st_mtime_ns, info.st_atime_ns)
 
-    def register_memory(self, address: int, length_bytes: int) -> None:
-        self._transport.register(address, length_bytes)
+    def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
+        self._transport.register(address, length_bytes, device=device)
 
     def deregister_memory(self, address: int) -> None:
         self._transport.deregister(address)
