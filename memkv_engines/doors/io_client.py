@@ -88,6 +88,7 @@ def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool) -> Setu
         transport=config.transport.transport,
         gds=config.transport.gds,
         nixl_plugin=config.transport.nixl_plugin,
+        staging_medium=config.transport.staging_medium,
     )
 
 

@@ -36,8 +36,8 @@ class GroupSpec(msgspec.Struct, frozen=True):
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
     """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory.
 
-    ``transport``, ``gds`` and ``nixl_plugin`` are the policy of ``transports.select``; a service that only probes reads
-    headers, for which posix is as good as any.
+    ``transport`` to ``staging_medium`` are the policy of ``transports.select``; ``kv_on_gpu`` tells where the engine's
+    pages are. A service that only probes reads headers, for which posix is as good as any.
     ``mount_points`` is empty at the first start. Later ones must find the directories where they were (``places``).
     """
 
@@ -55,6 +55,8 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     transport: str = "posix"
     gds: str = "auto"
     nixl_plugin: str = "POSIX"
+    staging_medium: str = "auto"
+    kv_on_gpu: bool = False
     mount_points: tuple[str, ...] = ()
 
 

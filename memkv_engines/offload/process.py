@@ -77,14 +77,14 @@ def open_tier(setup: Setup) -> DirectoryTier | StripedTier:
         ConfigError: the transport that was asked for cannot be had here.
     """
     paths = still_there(_paths(setup), setup.mount_points)
-    policy = Policy(setup.transport, setup.gds, setup.nixl_plugin)
+    policy = Policy(setup.transport, setup.gds, setup.nixl_plugin, setup.staging_medium)
     return open_directories(
         paths,
         direct_io=setup.direct_io,
         capacity_bytes=setup.capacity_bytes,
         read_only=setup.read_only,
         eviction=setup.eviction,
-        transport=plan(policy, paths[0], threads=setup.io_threads),
+        transport=plan(policy, paths[0], on_gpu=setup.kv_on_gpu, threads=setup.io_threads),
     )
 
 

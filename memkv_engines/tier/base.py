@@ -105,7 +105,9 @@ class Tier(ABC):
     def used_bytes(self) -> int | None:
         """Bytes held, or None while they are still being counted."""
 
-    def register_memory(self, address: int, length_bytes: int) -> None:  # noqa: B027 - optional
+    def register_memory(  # noqa: B027 - optional
+        self, address: int, length_bytes: int, *, device: int | None = None
+    ) -> None:
         """Announce staging memory to the transport; see ``Transport.register``. Its owner calls this once."""
 
     def deregister_memory(self, address: int) -> None:  # noqa: B027 - optional

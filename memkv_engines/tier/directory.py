@@ -350,8 +350,8 @@ class DirectoryTier(Tier):
         """As ``Upkeep.evict``; nothing where the tier is read-only."""
         return 0 if self._read_only else self._upkeep.evict(recount=recount)
 
-    def register_memory(self, address: int, length_bytes: int) -> None:
-        self._transport.register(address, length_bytes)
+    def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
+        self._transport.register(address, length_bytes, device=device)
 
     def deregister_memory(self, address: int) -> None:
         self._transport.deregister(address)

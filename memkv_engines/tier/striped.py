@@ -174,9 +174,9 @@ class StripedTier(Tier):
         """As ``DirectoryTier.scan``, over all drives."""
         return sum(drive.tier.scan() for drive in self._drives)
 
-    def register_memory(self, address: int, length_bytes: int) -> None:
+    def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
         for drive in self._drives:
-            drive.tier.register_memory(address, length_bytes)
+            drive.tier.register_memory(address, length_bytes, device=device)
 
     def deregister_memory(self, address: int) -> None:
         for drive in self._drives:

@@ -91,7 +91,8 @@ class GdsTransport(FileTransport[_File]):
             raise ConfigError(f"io_threads={threads}: give a number from 1 to {MAX_IO_THREADS}")
         self._kvikio = _load()
         if gpudirect:
-            missing = [*what_gpudirect_lacks(), *self._driver_lacks()]
+            # cuFile's driver is asked last: where its parts are missing it may hang, and leaves a log file behind.
+            missing = what_gpudirect_lacks() or self._driver_lacks()
             if missing:
                 raise ConfigError(f"gds=on, but GPUDirect Storage lacks {'; '.join(missing)}. Set gds=auto or gds=off")
         self._configure(gpudirect=gpudirect, direct=direct, threads=threads)

@@ -168,8 +168,14 @@ def _topology_matrix() -> str:
 def _try_gpudirect(folder: str | Path) -> str:
     """Open a file in the folder on the direct path, in another process, which may hang or crash in a driver."""
     command = [sys.executable, "-m", "memkv_engines.transports.select", "--try-gpudirect", str(folder)]
+    # The child must import this very package, also where the engine found it through sys.path manipulation.
+    ours = str(Path(__file__).resolve().parents[2])
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environ["PYTHONSAFEPATH"] = "1"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GDS_PROBE_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=GDS_PROBE_TIMEOUT_S, check=False, env=environ
+        )
     except subprocess.TimeoutExpired:
         return f"a cuFile driver that answers within {GDS_PROBE_TIMEOUT_S:.0f} s"
     if done.returncode == 0:

@@ -76,7 +76,7 @@ class HangingTier(MemoryTier):
         self.seen: list[int] = []
         self.registered: list[tuple[int, int]] = []
 
-    def register_memory(self, address: int, length_bytes: int) -> None:
+    def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
         self.registered.append((address, length_bytes))
 
     def _pass(self, views: Sequence[memoryview]) -> None:

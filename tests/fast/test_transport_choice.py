@@ -223,10 +223,12 @@ def test_the_service_refuses_to_start_without_the_transport_asked_for(tmp_path: 
         started(setup_for(tmp_path, [POOL], transport="nixl"), mode)
 
 
+@pytest.mark.parametrize("key", ["gds=on", "staging_medium=gpu"])
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_the_service_refuses_gds_on_without_the_kernel_module(tmp_path: Path, mode: str) -> None:
-    with pytest.raises(ConfigError, match=r"gds=on, but GPUDirect Storage lacks .*nvidia_fs"):
-        started(setup_for(tmp_path, [POOL], transport="auto", gds="on"), mode)
+def test_the_service_refuses_gpudirect_without_the_kernel_module(tmp_path: Path, mode: str, key: str) -> None:
+    wanted = dict([key.split("=")])
+    with pytest.raises(ConfigError, match=rf"{key}, but GPUDirect Storage lacks .*nvidia_fs.*KV caches in GPU memory"):
+        started(setup_for(tmp_path, [POOL], transport="auto", **wanted), mode)
 
 
 @pytest.mark.skipif(not ABSENT, reason="kvikio and NIXL are installed here")

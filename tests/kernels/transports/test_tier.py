@@ -56,3 +56,13 @@ class TestNixlBuffered(OtherTransport):
 
 class TestKvikio(OtherTransport):
     mode, kind, name = DIRECT, "gds/compat", "gds/compat"
+
+    def test_memory_is_registered_with_its_device(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tier, seen = self.make(tmp_path), list[tuple[int, int, int | None]]()
+        monkeypatch.setattr(
+            tier._transport, "register", lambda address, length, *, device: seen.append((address, length, device))
+        )
+        tier.register_memory(1 << 21, PAGE, device=3)
+        tier.register_memory(1 << 22, PAGE)
+        assert seen == [(1 << 21, PAGE, 3), (1 << 22, PAGE, None)]
+        tier.close()
