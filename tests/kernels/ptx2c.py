@@ -389,7 +389,7 @@ class Kernel:
         """The kernel as C++."""
         members = [f"  {line}" for line in self.registers]
         body = [f"    {line}" for line in self.lines]
-        head = f"  bool run(const uint8_t* param, uint32_t lane) {{ (void)param, (void)lane; switch (pc) {{ case 0:; {{"
+        head = "  bool run(const uint8_t* param, uint32_t lane) { (void)param, (void)lane; switch (pc) { case 0:; {"
         load = (
             "  template <typename T> static T param_load(const uint8_t* param, uint64_t a) {"
             f" return read_space<T>(param, {self.parameter_bytes}, a, simt::PARAMETER_OUT_OF_BOUNDS); }}"
@@ -419,9 +419,8 @@ def translate(ptx: str) -> tuple[str, Counter[str]]:
     )
     for kernel in kernels:
         out += kernel.struct()
-    out.append(
-        "MEMKV_EXPORT int memkv_launch(const char* name, const void* args, uint32_t grid, uint32_t block, uint64_t seed) {"
-    )
+    out.append("MEMKV_EXPORT int memkv_launch(const char* name, const void* args,")
+    out.append("                              uint32_t grid, uint32_t block, uint64_t seed) {")
     for kernel in kernels:
         run = f"run_ptx<Ptx_{kernel.name}>(args, grid, block, seed)"
         out.append(f'  if (!std::strcmp(name, "{kernel.name}")) return {run};')
