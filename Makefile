@@ -5,11 +5,13 @@ PYTHON ?= python3
 DEV  := .venvs/dev/bin/python
 VLLM := .venvs/vllm/bin/python
 SGLANG := .venvs/sglang/bin/python
+DEVICE := .venvs/device/bin/python
 # Arguments for the script behind a target, as in: make bench-tier ARGS="--help"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test faults lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean
+.PHONY: help demo demo-sglang test faults lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
+	kernels test-kernels sass-table
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +31,15 @@ faults: env-dev env-vllm env-sglang ## every fault against every door, at length
 	@$(VLLM) -m tests.environments.models tiny-llama
 	@$(SGLANG) -m tests.environments.sglang_models tiny-sg-llama
 	@$(DEV) -m tests.faults $(ARGS)
+
+test-kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
+	@$(DEVICE) -m pytest tests/kernels $(ARGS)
+
+kernels: env-device ## rebuild the fatbin that ships, with the pinned nvcc
+	@$(DEVICE) kernels/build.py $(ARGS)
+
+sass-table: env-device ## registers, spills and loads in flight of every kernel on every target
+	@$(DEVICE) -m tests.kernels.sass_table
 
 lint: env-dev ## ruff and mypy
 	$(DEV) -m ruff check .
