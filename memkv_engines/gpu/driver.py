@@ -94,13 +94,12 @@ class Driver:
         engine is capturing on another stream.
         """
         self._call("cuCtxPushCurrent", self._context)
+        code, before = self._api.cuThreadExchangeStreamCaptureMode(self._relaxed)
         try:
-            before = self._call("cuThreadExchangeStreamCaptureMode", self._relaxed)
-            try:
-                yield
-            finally:
-                self._api.cuThreadExchangeStreamCaptureMode(before)
+            yield
         finally:
+            if int(code) == _SUCCESS:
+                self._api.cuThreadExchangeStreamCaptureMode(before)
             self._api.cuCtxPopCurrent()
 
     def close(self) -> None:
