@@ -5,10 +5,12 @@ PYTHON ?= python3
 DEV  := .venvs/dev/bin/python
 VLLM := .venvs/vllm/bin/python
 SGLANG := .venvs/sglang/bin/python
+DEVICE := .venvs/device/bin/python
 # Arguments for the script behind a target, as in: make bench-tier ARGS="--help"
 ARGS ?=
 
 .DEFAULT_GOAL := help
+.PHONY: kernels test-kernels sass-table
 .PHONY: help demo demo-sglang test lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang clean
 
 help: ## show this list
@@ -24,6 +26,15 @@ demo-sglang: env-sglang ## the same in SGLang, beside SGLang's own file backend 
 
 test: ## every test gate, within its time budget (builds what it needs)
 	@$(PYTHON) tests/run_gates.py $(ARGS)
+
+test-kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
+	@$(DEVICE) -m pytest tests/kernels $(ARGS)
+
+kernels: env-device ## rebuild the fatbin that ships, with the pinned nvcc
+	@$(DEVICE) kernels/build.py $(ARGS)
+
+sass-table: env-device ## registers, spills and loads in flight of every kernel on every target
+	@$(DEVICE) -m tests.kernels.sass_table
 
 lint: env-dev ## ruff and mypy
 	$(DEV) -m ruff check .

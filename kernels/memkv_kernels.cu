@@ -220,10 +220,10 @@ __device__ __forceinline__ void copy_tiles(const CopyArgs& args) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(COPY_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(COPY_THREADS, 2)
 memkv_gather(const __grid_constant__ CopyArgs args) { copy_tiles<GATHER>(args); }
 
-extern "C" __global__ void __launch_bounds__(COPY_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(COPY_THREADS, 2)
 memkv_scatter(const __grid_constant__ CopyArgs args) { copy_tiles<SCATTER>(args); }
 
 // ------------------------------------------------------------------------------------------- XXH3-64 of the leaves
@@ -435,7 +435,7 @@ __device__ __forceinline__ bool block_fits(const DigestArgs& args, u64 index) {
          index * args.block_stride_bytes <= args.chunk_bytes - args.block_bytes;
 }
 
-extern "C" __global__ void __launch_bounds__(DIGEST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(DIGEST_THREADS, 2)
 memkv_leaf_digests(const __grid_constant__ DigestArgs args) {
   const u32 lane_index = threadIdx.x % WARP;
   const u64 leaves = args.block_bytes / LEAF_BYTES + (args.block_bytes % LEAF_BYTES != 0);

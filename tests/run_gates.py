@@ -98,6 +98,13 @@ GATES = (
         settings={**engine_env.engine_settings(), **engine_env.sglang_settings()},
     ),
     Gate(
+        name="kernels",
+        proves="the CUDA kernels without a GPU: real PTX on the CPU, digests against xxhash, machine code",
+        budget_s=180,
+        environment="device",
+        tests="tests/kernels",
+    ),
+    Gate(
         name="benchmarks",
         proves="the demo and the vLLM benchmark still run (tiny; they judge nothing)",
         budget_s=900,

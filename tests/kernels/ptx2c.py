@@ -46,6 +46,7 @@ class Kernel:
         self.module, self.name = module, name
         self.lines: list[str] = []
         self.registers: list[str] = []
+        self.declared: set[str] = set()
         self.shared: dict[str, int] = {}
         self.shared_bytes = 0
         self.sites = 0
@@ -76,8 +77,8 @@ class Kernel:
         cast = f"({ctype(ptx_type)})" if ptx_type and ptx_type != "pred" else ""
         if operand in SPECIAL:
             return SPECIAL[operand]
-        if operand.startswith("%"):
-            return f"{cast}r_{operand[1:]}"
+        if operand.removeprefix("%") in self.declared:
+            return f"{cast}r_{operand.removeprefix('%')}"
         if re.fullmatch(r"-?\d+", operand):
             return f"{cast}{operand}{'ll' if abs(int(operand)) < 1 << 63 else 'ull'}"
         if re.fullmatch(r"0[xX][0-9a-fA-F]+U?", operand):
@@ -90,8 +91,6 @@ class Kernel:
             return f"{self.shared[operand]}u"
         if operand in self.module.dynamic_shared:
             return DYNAMIC_SHARED_AT
-        if re.fullmatch(r"[a-z]\w*", operand):
-            return f"r_{operand}"  # a register of inline assembly
         raise PtxError(f"operand {operand!r}")
 
     def address(self, operand: str, ptx_type: str = "u64") -> str:
@@ -125,9 +124,11 @@ class Kernel:
         for name in operands_of(found[2]):
             many = re.fullmatch(r"%(\w+?)<(\d+)>", name)
             if many:
-                names = ", ".join(f"r_{many[1]}{number} = 0" for number in range(int(many[2])))
-                self.registers.append(f"{kind} {names};")
+                names = [f"{many[1]}{number}" for number in range(int(many[2]))]
+                self.declared.update(names)
+                self.registers.append(f"{kind} {', '.join(f'r_{name} = 0' for name in names)};")
             else:
+                self.declared.add(name.lstrip("%"))
                 self.lines.append(f"{kind} r_{name.lstrip('%')};")
 
     def declare_shared(self, statement: str) -> None:
@@ -159,7 +160,7 @@ class Kernel:
 
     def assign(self, target: str, expression: str) -> str:
         """C++ that writes a register."""
-        if not re.fullmatch(r"%\w+|[a-z]\w*", target):
+        if target.removeprefix("%") not in self.declared:
             raise PtxError(f"target {target!r}")
         return f"{self.value(target)} = {expression};"
 
@@ -389,7 +390,7 @@ class Kernel:
         """The kernel as C++."""
         members = [f"  {line}" for line in self.registers]
         body = [f"    {line}" for line in self.lines]
-        head = f"  bool run(const uint8_t* param, uint32_t lane) {{ (void)param, (void)lane; switch (pc) {{ case 0:; {{"
+        head = "  bool run(const uint8_t* param, uint32_t lane) { (void)param, (void)lane; switch (pc) { case 0:; {"
         load = (
             "  template <typename T> static T param_load(const uint8_t* param, uint64_t a) {"
             f" return read_space<T>(param, {self.parameter_bytes}, a, simt::PARAMETER_OUT_OF_BOUNDS); }}"
@@ -419,9 +420,8 @@ def translate(ptx: str) -> tuple[str, Counter[str]]:
     )
     for kernel in kernels:
         out += kernel.struct()
-    out.append(
-        "MEMKV_EXPORT int memkv_launch(const char* name, const void* args, uint32_t grid, uint32_t block, uint64_t seed) {"
-    )
+    out.append("MEMKV_EXPORT int memkv_launch(const char* name, const void* args,")
+    out.append("                              uint32_t grid, uint32_t block, uint64_t seed) {")
     for kernel in kernels:
         run = f"run_ptx<Ptx_{kernel.name}>(args, grid, block, seed)"
         out.append(f'  if (!std::strcmp(name, "{kernel.name}")) return {run};')
