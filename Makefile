@@ -10,7 +10,7 @@ DEVICE := .venvs/device/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: kernels test-kernels sass-table
+.PHONY: kernels test-kernels sass-table test-gpu bench-gpu
 .PHONY: help demo demo-sglang test lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang clean
 
 help: ## show this list
@@ -27,8 +27,20 @@ demo-sglang: env-sglang ## the same in SGLang, beside SGLang's own file backend 
 test: ## every test gate, within its time budget (builds what it needs)
 	@$(PYTHON) tests/run_gates.py $(ARGS)
 
-test-kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
+test-test-gpu: env-device ## the same and more on a real GPU (exit code 3 without one; not run on a GPU yet)
+	@$(DEVICE) -m tests.gpu.run $(ARGS)
+
+bench-gpu: env-device ## gather and scatter on a real GPU (exit code 3 without one; not run on a GPU yet)
+	@$(DEVICE) -m benchmarks.bench_gpu $(ARGS)
+
+kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
 	@$(DEVICE) -m pytest tests/kernels $(ARGS)
+
+test-gpu: env-device ## the same and more on a real GPU (exit code 3 without one; not run on a GPU yet)
+	@$(DEVICE) -m tests.gpu.run $(ARGS)
+
+bench-gpu: env-device ## gather and scatter on a real GPU (exit code 3 without one; not run on a GPU yet)
+	@$(DEVICE) -m benchmarks.bench_gpu $(ARGS)
 
 kernels: env-device ## rebuild the fatbin that ships, with the pinned nvcc
 	@$(DEVICE) kernels/build.py $(ARGS)

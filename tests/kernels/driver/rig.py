@@ -95,10 +95,13 @@ class Engine:
         self.abandoned = False
         self._allocations: list[int] = []
         self._pinned: list[int] = []
-        self.region = mmap.mmap(-1, 64 * ALIGN_BYTES * 16, flags=mmap.MAP_SHARED)
-        self.region_bytes = len(self.region)
+        self._map_region(64 * ALIGN_BYTES * 16)
+
+    def _map_region(self, size: int) -> None:
+        self.region = mmap.mmap(-1, size, flags=mmap.MAP_SHARED)
+        self.region_bytes = size
         self.region_address = ctypes.addressof(ctypes.c_char.from_buffer(self.region))
-        self.host = view(self.region_address, self.region_bytes)
+        self.host = view(self.region_address, size)
 
     def ok(self, name: str, *arguments: Any) -> Any:
         """A driver call of the engine's own."""
@@ -107,10 +110,13 @@ class Engine:
             raise EngineFailed(f"{name}: {code}")
         return results[0] if results else None
 
-    @staticmethod
-    def view(address: int, size: int) -> Bytes:
+    def put(self, address: int, data: Bytes) -> None:
+        """Write device memory at once."""
+        view(address, data.size)[:] = data
+
+    def get(self, address: int, size: int) -> Bytes:
         """Device memory as it is now."""
-        return view(address, size)
+        return view(address, size).copy()
 
     def alloc(self, size: int) -> int:
         """Device memory."""
@@ -191,7 +197,7 @@ class Pool:
             size = shape.planes * self.num_blocks * shape.stride_bytes
             address = self.engine.alloc(size)
             data = self.engine.random.integers(0, 256, size, dtype=np.uint8)
-            view(address, size)[:] = data
+            self.engine.put(address, data)
             order = (
                 (self.num_blocks, shape.planes, shape.stride_bytes)
                 if shape.block_outermost
@@ -238,7 +244,7 @@ class Pool:
     def device_matches(self) -> bool:
         """Whether every byte of the device's pages is what our account says, those around blocks included."""
         return all(
-            np.array_equal(view(address, tensor.size), tensor.reshape(-1))
+            np.array_equal(self.engine.get(address, tensor.size), tensor.reshape(-1))
             for address, tensor in zip(self.addresses, self.tensors, strict=True)
         )
 

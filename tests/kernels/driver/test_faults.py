@@ -10,7 +10,7 @@ import pytest
 from memkv_engines.errors import GpuError, GpuLost
 from memkv_engines.gpu.mover import DeviceMover
 from tests.fake_cuda.control import FakeCuda
-from tests.kernels.driver.rig import HEADER_BYTES, Engine, Pool, Shape
+from tests.kernels.driver.rig import HEADER_BYTES, Engine, Pool, Shape, view
 
 KERNEL = (Shape(1, 1000, 1000), Shape(1, 4096, 4096))
 DIRECT = (Shape(2, 131072, 131072),)
@@ -63,7 +63,7 @@ def work(engine: Engine, pools: list[Pool], mover: DeviceMover) -> list[GpuError
 def rewrite(engine: Engine, pool: Pool) -> None:
     """A page whose load failed holds anything: the engine recomputes it."""
     for address, tensor in zip(pool.addresses, pool.tensors, strict=True):
-        engine.view(address, tensor.size)[:] = tensor.reshape(-1)
+        engine.put(address, tensor.reshape(-1))
 
 
 def life(engine: Engine, pools: list[Pool], **settings: Any) -> list[GpuError]:
@@ -199,7 +199,7 @@ def test_a_kernels_error_word_becomes_an_exception(engine: Engine, bit: int, tex
     ticket = mover.gather(0, [0], engine.region_address, after_stream=engine.stream)
     assert ticket is not None
     assert ticket.work.slot is not None
-    engine.view(ticket.work.slot.error, 4)[0] |= bit
+    view(ticket.work.slot.error, 4)[0] |= bit
     with pytest.raises(GpuError, match=text):
         ticket.wait(5)
     assert mover.stats().failed == 1

@@ -25,7 +25,7 @@ def main() -> int:
     """Runs the tests; returns 1 if one fails or an unexplained line was not executed."""
     watch = coverage.Coverage(source=[str(PACKAGE)], data_file=None)
     watch.start()
-    code = pytest.main(["-q", "-p", "no:cacheprovider", *(str(ROOT / tests) for tests in TESTS)])
+    code = pytest.main(["-q", *(str(ROOT / tests) for tests in TESTS)])
     watch.stop()
     missing = executed = 0
     print(f"\nlines of {PACKAGE.relative_to(ROOT)} that were not executed:")
