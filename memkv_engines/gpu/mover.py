@@ -348,8 +348,9 @@ class DeviceMover:
             self._drain(timeout_s)
             with self._device():
                 self._closed = True
-                self._book.destroy_events()
-                self._resources.free_all()
+                if self._book.lost is None:
+                    self._book.destroy_events()
+                    self._resources.free_all()
         except GpuLost:
             pass  # Nothing runs any more, and nothing can be freed.
         except GpuError as error:

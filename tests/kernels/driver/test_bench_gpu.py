@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end on the fake driver, whose figures mean nothing; without a device it says so."""
+"""The GPU benchmark from end to end on the fake driver (its figures mean nothing), and what it says without a device."""
 
 from __future__ import annotations
 

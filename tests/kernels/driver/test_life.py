@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memkv_engines.errors import GpuError, GpuOverdue
+from memkv_engines.errors import GpuError, GpuLost, GpuOverdue
+from memkv_engines.gpu import resources
 from memkv_engines.gpu.mover import DeviceMover
 from tests.kernels.driver.rig import FUSED, HEADER_BYTES, LAYOUTS, Engine, Pool
 
@@ -222,6 +223,48 @@ def test_an_end_that_does_not_drain_leaks_on_purpose(
     engine.fake.unstall(stream)
     engine.settle()
     assert engine.fake.report().violations == [], "the late copy found its memory"
+    engine.abandon()
+
+
+def test_an_end_behind_a_broken_context(engine: Engine, pool: Pool, mover: DeviceMover) -> None:
+    tickets = [mover.gather(0, [0], engine.region_address, after_stream=engine.stream) for _ in range(2)]
+    engine.fake.fail("cuCtxPushCurrent", 700)
+    mover.close()
+    for ticket in tickets:
+        assert ticket is not None
+        assert ticket.done()
+        with pytest.raises(GpuLost):
+            ticket.check()
+    engine.abandon()
+
+
+def test_all_tickets_end_when_the_context_breaks(engine: Engine, pool: Pool, mover: DeviceMover) -> None:
+    for _ in range(2):
+        assert mover.gather(0, [0], engine.region_address, after_stream=engine.stream) is not None
+    engine.fake.fail_operation(700)
+    engine.settle()
+    assert mover.poll() == 0
+    assert mover.stats().failed == 2
+    mover.close()
+    engine.abandon()
+
+
+def test_an_upload_that_does_not_end_is_left_alone(
+    engine: Engine, pool: Pool, mover: DeviceMover, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resources, "GPU_DRAIN_TIMEOUT_S", 0.01)
+    stream = mover._resources.streams["copy_in"]
+    engine.fake.stall(stream)
+    with pytest.raises(GpuOverdue, match="tile table"):
+        mover.add_group(1, pool.layout)
+    assert "left on the device" in caplog.text
+    with pytest.raises(GpuError, match="group 1 is unknown"):
+        mover.gather(1, [0], engine.region_address, after_stream=engine.stream)
+    engine.fake.unstall(stream)
+    engine.settle()
+    assert engine.fake.report().violations == [], "the late upload found its memory"
+    gathers(mover, engine, pool)
+    mover.close()
     engine.abandon()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -155,6 +155,7 @@ class MoverMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.paused)
     @rule()
     def wake(self) -> None:
+        self.streams_go_on()  # Waking up waits for the upload of tile tables.
         self.mover.resume()
         self.paused = False
 
@@ -214,5 +215,10 @@ class MoverMachine(RuleBasedStateMachine):
 
 TestMover = MoverMachine.TestCase
 TestMover.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    # A late stream costs real seconds per attempt: shrinking would take longer than reading the sequence.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )

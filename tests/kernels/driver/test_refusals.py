@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from memkv_engines.chunk.layout import KVLayout, Tile
-from memkv_engines.errors import GpuError, GpuUnavailable, LayoutError
+from memkv_engines.errors import GpuError, GpuLost, GpuUnavailable, LayoutError
 from memkv_engines.gpu import image
 from memkv_engines.gpu.driver import Driver
 from memkv_engines.gpu.kernels import DeviceTiles, Kernels, check_ids
@@ -362,6 +362,36 @@ def test_a_source_that_does_not_compile(driver: Driver, tmp_path: Path) -> None:
 def test_a_device_that_nvrtc_does_not_know() -> None:
     with pytest.raises(GpuUnavailable, match="sm_11"):
         image.compile_source(b"", (1, 1))
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["fatbin", "nvrtc"])
+def test_a_context_that_breaks_while_kernels_load(driver: Driver, fake: FakeCuda, tmp_path: Path, broken: bool) -> None:
+    image_file = tmp_path / "image"
+    image_file.write_bytes(b"\0" * 64)
+    fake.fail("cuModuleLoadData", 719, nth=2 if broken else 1)
+    with pytest.raises(GpuLost, match="cuModuleLoadData"):
+        image.load_kernels(driver, image_file)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "text"),
+    [
+        ("nvrtcCreateProgram", None, "install nvidia-cuda-nvrtc"),
+        ("nvrtcCreateProgram", (1, None), "NVRTC: 1"),
+        ("nvrtcGetCUBIN", (2,), "NVRTC: 2"),
+    ],
+)
+def test_nvrtc_that_fails(monkeypatch: pytest.MonkeyPatch, name: str, answer: Any, text: str) -> None:
+    from cuda.bindings import nvrtc
+
+    def call(*_: Any) -> Any:
+        if answer is None:
+            raise RuntimeError("no libnvrtc")
+        return answer
+
+    monkeypatch.setattr(nvrtc, name, call)
+    with pytest.raises(GpuUnavailable, match=text):
+        image.compile_source(b"__global__ void f() {}", (9, 0))
 
 
 def test_kernels_of_another_abi(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
