@@ -1,4 +1,4 @@
-"""The GPU benchmark from end to end on the fake driver (its figures mean nothing), and what it says without a device."""
+"""The GPU benchmark from end to end on the fake driver (its figures mean nothing), and what it says with no device."""
 
 from __future__ import annotations
 
