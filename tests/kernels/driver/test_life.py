@@ -172,6 +172,14 @@ def test_a_sleep_waits_for_what_is_under_way(engine: Engine, pool: Pool, mover: 
     mover.close()
 
 
+def test_a_drain_goes_on_behind_a_call_that_fails_once(engine: Engine, pool: Pool, mover: DeviceMover) -> None:
+    gathers(mover, engine, pool)
+    engine.fake.fail("cuCtxPushCurrent", 2)
+    mover.pause(5)
+    mover.resume()
+    mover.close()
+
+
 def test_a_held_slot_keeps_the_engine_awake(engine: Engine, pool: Pool, mover: DeviceMover) -> None:
     slot = mover.acquire_slot()
     assert slot is not None
