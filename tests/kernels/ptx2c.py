@@ -159,7 +159,9 @@ class Kernel:
         return code
 
     def assign(self, target: str, expression: str) -> str:
-        """C++ that writes a register."""
+        """C++ that writes a register; `_` takes what nobody wants."""
+        if target == "_":
+            return f"(void)({expression});"
         if target.removeprefix("%") not in self.declared:
             raise PtxError(f"target {target!r}")
         return f"{self.value(target)} = {expression};"
@@ -232,12 +234,12 @@ class Kernel:
             raise PtxError(opcode)
 
     def op_atom(self, opcode: str, modifiers: list[str], o: list[str]) -> str:
-        if modifiers != ["global", "or", "b32"]:
+        if [m for m in modifiers if m not in ("relaxed", "gpu")] != ["global", "or", "b32"]:
             raise PtxError(opcode)
         return self.assign(o[0], f"simt::atomic_or({self.address(o[1])}, {self.value(o[2], 'u32')})")
 
     def op_red(self, opcode: str, modifiers: list[str], o: list[str]) -> str:
-        if modifiers != ["global", "or", "b32"]:
+        if [m for m in modifiers if m not in ("relaxed", "gpu")] != ["global", "or", "b32"]:
             raise PtxError(opcode)
         return f"simt::atomic_or({self.address(o[0])}, {self.value(o[1], 'u32')});"
 
