@@ -247,10 +247,12 @@ class Driver:
         return function
 
     def argument_bytes(self, function: int) -> int | None:
-        """Size of a kernel's first argument, None where the driver cannot tell (before 12.4)."""
+        """Size of a kernel's first argument, None where driver or cuda-bindings cannot tell (before 12.4)."""
         ask = getattr(self._api, "cuFuncGetParamInfo", None)
-        found = ask(function, 0) if ask else (None,)
-        return int(found[2]) if found[0] is not None and int(found[0]) == _SUCCESS else None
+        if ask is None:
+            return None
+        code, _, size = ask(function, 0)
+        return int(size) if int(code) == _SUCCESS else None
 
     def allow_shared(self, function: int, size_bytes: int) -> None:
         """Let a kernel use more dynamic shared memory than the default 48 KiB."""

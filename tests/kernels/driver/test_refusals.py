@@ -291,6 +291,11 @@ def test_a_driver_that_does_not_offer_what_it_should(
     driver.close()
 
 
+def test_old_bindings_cannot_tell_the_size_of_arguments(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(engine.api, "cuFuncGetParamInfo")
+    DeviceMover(0, slot_bytes=1 << 20).close()
+
+
 def test_no_driver() -> None:
     """In a process without the fake: this machine has no libcuda, or the test has nothing to say."""
     code = """
