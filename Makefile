@@ -11,7 +11,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sglang test faults lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
-	kernels test-kernels sass-table
+	kernels test-kernels sass-table test-gpu bench-gpu
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ faults: env-dev env-vllm env-sglang ## every fault against every door, at length
 
 test-kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
 	@$(DEVICE) -m pytest tests/kernels $(ARGS)
+
+test-gpu: env-device ## the same and more on a real GPU (exit code 3 without one; not run on a GPU yet)
+	@$(DEVICE) -m tests.gpu.run $(ARGS)
+
+bench-gpu: env-device ## gather and scatter on a real GPU (exit code 3 without one; not run on a GPU yet)
+	@$(DEVICE) -m benchmarks.bench_gpu $(ARGS)
 
 kernels: env-device ## rebuild the fatbin that ships, with the pinned nvcc
 	@$(DEVICE) kernels/build.py $(ARGS)

@@ -105,9 +105,12 @@ class TicketBook:
             self._end(ticket)
 
     def destroy_events(self) -> None:
-        """Destroy what is spare."""
+        """Destroy what is spare; an event that cannot be destroyed is left."""
         while self._spare:
-            self._driver.destroy_event(self._spare.pop())
+            try:
+                self._driver.destroy_event(self._spare.pop())
+            except GpuError as error:
+                _log.warning("an event is left: %s", error)
 
     def _fence(self, work: Work) -> None:
         """Put an event behind what a failed submission left on its streams."""

@@ -33,6 +33,12 @@ _MEMORY_OF_DEVICE = 2
 Addresses = npt.NDArray[np.uint64]
 
 
+class _CopyAttributes(ctypes.Structure):
+    """``CUmemcpyAttributes_v1``: access order, hints for managed memory (two locations of type and id), flags."""
+
+    _fields_ = (("source_order", ctypes.c_int), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint))
+
+
 class Driver:
     """One device through its primary context, which torch uses as well.
 
@@ -94,13 +100,12 @@ class Driver:
         engine is capturing on another stream.
         """
         self._call("cuCtxPushCurrent", self._context)
+        code, before = self._api.cuThreadExchangeStreamCaptureMode(self._relaxed)
         try:
-            before = self._call("cuThreadExchangeStreamCaptureMode", self._relaxed)
-            try:
-                yield
-            finally:
-                self._api.cuThreadExchangeStreamCaptureMode(before)
+            yield
         finally:
+            if int(code) == _SUCCESS:
+                self._api.cuThreadExchangeStreamCaptureMode(before)
             self._api.cuCtxPopCurrent()
 
     def close(self) -> None:
@@ -212,13 +217,12 @@ class Driver:
             for one in zip(to.tolist(), source.tolist(), sizes_bytes.tolist(), strict=True):
                 self._call("cuMemcpyAsync", *one, stream)
             return
-        attributes = self._api.CUmemcpyAttributes()
-        attributes.srcAccessOrder = self._api.CUmemcpySrcAccessOrder(_SOURCE_IN_STREAM_ORDER)
+        attributes = _CopyAttributes(_SOURCE_IN_STREAM_ORDER)
         first = ctypes.c_size_t(0)
         failed = ctypes.c_size_t(0)
         code = self._batch(
             to.ctypes.data, source.ctypes.data, sizes_bytes.ctypes.data, to.size,
-            attributes.getPtr(), ctypes.addressof(first), 1, ctypes.addressof(failed), stream,
+            ctypes.addressof(attributes), ctypes.addressof(first), 1, ctypes.addressof(failed), stream,
         )  # fmt: skip
         self._check("cuMemcpyBatchAsync", code)
 
@@ -243,9 +247,12 @@ class Driver:
         return function
 
     def argument_bytes(self, function: int) -> int | None:
-        """Size of a kernel's first argument, None where the driver cannot tell (before 12.4)."""
-        found = self._api.cuFuncGetParamInfo(function, 0)
-        return int(found[2]) if int(found[0]) == _SUCCESS else None
+        """Size of a kernel's first argument, None where driver or cuda-bindings cannot tell (before 12.4)."""
+        ask = getattr(self._api, "cuFuncGetParamInfo", None)
+        if ask is None:
+            return None
+        code, _, size = ask(function, 0)
+        return int(size) if int(code) == _SUCCESS else None
 
     def allow_shared(self, function: int, size_bytes: int) -> None:
         """Let a kernel use more dynamic shared memory than the default 48 KiB."""

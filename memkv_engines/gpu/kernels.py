@@ -108,7 +108,7 @@ def check_ids(block_ids: npt.ArrayLike, num_blocks: int, *, distinct: bool) -> I
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= num_blocks:
         raise GpuError(f"block id outside 0..{num_blocks - 1}: {low}..{high}")
-    if distinct and np.unique(ids).size != ids.size:
+    if distinct and len(set(ids.tolist())) != ids.size:
         raise GpuError("a block id stands twice among those to be written")
     return ids
 
@@ -190,8 +190,7 @@ class Kernels:
         self, tiles: DeviceTiles, ids: Ids, chunk: int, chunk_bytes: int, first_index: int, error: int, stream: int
     ) -> None:
         """Queue the copy of blocks of a chunk into pages; arguments as for ``gather``, ids distinct."""
-        check_ids(ids, tiles.num_blocks, distinct=True)
-        self._check_copy(tiles, ids, chunk, chunk_bytes, first_index, error)
+        self._check_copy(tiles, ids, chunk, chunk_bytes, first_index, error, distinct=True)
         bulk = self._bulk and tiles.bulk
         self._copy(
             self._scatter_bulk if bulk else self._scatter,
@@ -267,9 +266,17 @@ class Kernels:
             self._driver.launch(function, self._ctas, threads, shared_bytes, stream, args)
 
     def _check_copy(
-        self, tiles: DeviceTiles, ids: Ids, chunk: int, chunk_bytes: int, first_index: int, error: int
+        self,
+        tiles: DeviceTiles,
+        ids: Ids,
+        chunk: int,
+        chunk_bytes: int,
+        first_index: int,
+        error: int,
+        *,
+        distinct: bool = False,
     ) -> None:
-        check_ids(ids, tiles.num_blocks, distinct=False)
+        check_ids(ids, tiles.num_blocks, distinct=distinct)
         _check_address("tiles", tiles.address, 16)
         _check_address("chunk", chunk, 16)
         _check_address("error", error, 4)

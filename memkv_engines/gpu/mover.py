@@ -30,6 +30,7 @@ from memkv_engines.limits import (
     GPU_DRAIN_TIMEOUT_S,
     GPU_MAX_TICKETS,
     GPU_POLL_MAX_S,
+    GPU_POLL_MIN_S,
     MIB,
 )
 from memkv_engines.log import get_logger
@@ -345,19 +346,19 @@ class DeviceMover:
             self._paused = True
         try:
             self._drain(timeout_s)
-        except GpuLost:
-            pass  # Nothing runs any more; there is nothing to wait for and nothing that could be freed.
-        except GpuError as error:
-            _log.error("the GPU path ends with work in flight, its memory is left allocated: %s", error)
-            self._closed = True
-            return
-        with self._lock:
-            self._closed = True
-            if self._book.lost is None:
-                with self._driver.current():
+            with self._device():
+                self._closed = True
+                if self._book.lost is None:
                     self._book.destroy_events()
                     self._resources.free_all()
-            self._driver.close()
+        except GpuLost:
+            pass  # Nothing runs any more, and nothing can be freed.
+        except GpuError as error:
+            self._closed = True
+            _log.error("the GPU path ends, and memory that may be in use is left allocated: %s", error)
+            return
+        self._closed = True
+        self._driver.close()
 
     # ------------------------------------------------------------------------------------------------- inside
 
@@ -400,11 +401,21 @@ class DeviceMover:
             self._driver.wait(stream, ticket.work.pages_event)
 
     def _drain(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self.poll():
+        deadline, pause_s = time.monotonic() + timeout_s, GPU_POLL_MIN_S
+        while True:
+            left = why = None
+            try:
+                left = self.poll()
+            except GpuLost:
+                raise
+            except GpuError as error:
+                why = error
+            if left == 0:
+                return
             if time.monotonic() >= deadline:
-                raise GpuOverdue(f"{len(self._book.in_flight)} copies have not ended after {timeout_s} s")
-            time.sleep(GPU_POLL_MAX_S)
+                raise GpuOverdue(f"{why or f'{left} copies have not ended'} after {timeout_s} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, GPU_POLL_MAX_S)
 
     @contextmanager
     def _device(self) -> Iterator[None]:

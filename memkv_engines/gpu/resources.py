@@ -13,7 +13,7 @@ from memkv_engines.gpu.driver import Driver
 from memkv_engines.gpu.kernels import DeviceTiles, Kernels
 from memkv_engines.gpu.staging import DeviceRing, HostRegion
 from memkv_engines.gpu.tiles import plan_tiles
-from memkv_engines.limits import GPU_DRAIN_TIMEOUT_S, GPU_POLL_MAX_S
+from memkv_engines.limits import GPU_DRAIN_TIMEOUT_S, GPU_POLL_MIN_S
 from memkv_engines.log import get_logger
 
 _log = get_logger(__name__)
@@ -91,24 +91,18 @@ class Resources:
         try:
             address = self.driver.alloc(table.nbytes)
         except GpuError:
-            self.driver.free_pinned(staged)
+            self._try(lambda: self.driver.free_pinned(staged))
             raise
+        ctypes.memmove(staged, table.ctypes.data, table.nbytes)
         try:
-            ctypes.memmove(staged, table.ctypes.data, table.nbytes)
-            event = self.driver.create_event()
-            try:
-                self.driver.copy_to_device(address, staged, table.nbytes, self.streams["copy_in"])
-                self.driver.record(event, self.streams["copy_in"])
-                self._await(event)
-            finally:
-                self.driver.destroy_event(event)
-        except GpuOverdue:
-            raise  # A late copy may still read and write both: they are leaked.
+            self.driver.copy_to_device(address, staged, table.nbytes, self.streams["copy_in"])
+            self._await_copy_in()
         except GpuError:
-            self._give_up_upload(address, staged)
+            # Whether a copy is under way is not known: freed only if the stream is seen to be through with it.
+            self._try(self._await_copy_in, lambda: self.driver.free(address), lambda: self.driver.free_pinned(staged))
             raise
-        self.driver.free_pinned(staged)
         self.tiles[group] = DeviceTiles.of(table, address, layout.num_blocks, layout.block_bytes, stride_bytes)
+        self._try(lambda: self.driver.free_pinned(staged))
 
     def pin(self, address: int, size_bytes: int) -> None:
         """Pin the shared region."""
@@ -118,19 +112,24 @@ class Resources:
         """Unpin the host region, then free tile tables and slots. Nothing may be under way.
 
         Raises:
-            GpuError: a slot is held (nothing was freed), or the driver failed; call again for the rest.
+            GpuError: a slot is held (nothing was freed), or the driver failed: the rest is freed, call again for that.
         """
         if self.ring is not None and self.ring.free_slots != len(self.ring.slots):
             raise GpuError(f"{len(self.ring.slots) - self.ring.free_slots} device slots are held")
+        steps: list[Callable[[], None]] = []
         if self.host is not None:
-            self.host.close()
-            self.host = None
-        for group in list(self.tiles):
-            self.driver.free(self.tiles[group].address)
-            del self.tiles[group]
+            steps.append(self._unpin)
+        steps += [partial(self._free_tiles, group) for group in self.tiles]
         if self.ring is not None:
-            self.ring.free()
-            self.ring = None
+            steps += [self.ring.free_memory, self.ring.free_words, self._drop_ring]
+        errors = []
+        for step in steps:
+            try:
+                step()
+            except GpuError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def free_all(self) -> None:
         """Give everything back but the driver; what cannot be freed is logged and left."""
@@ -141,26 +140,39 @@ class Resources:
         steps += [partial(self.driver.destroy_stream, stream) for stream in self.streams.values()]
         self.streams = {}
         for step in steps:
-            try:
-                step()
-            except GpuError as error:
-                _log.warning("left on the device: %s", error)
+            self._try(step)
 
-    def _give_up_upload(self, address: int, staged: int) -> None:
-        """Free an upload that failed, if it is sure that nothing of it is under way."""
+    def _unpin(self) -> None:
+        assert self.host is not None, "asked for by free_memory"
+        self.host.close()
+        self.host = None
+
+    def _free_tiles(self, group: int) -> None:
+        self.driver.free(self.tiles[group].address)
+        del self.tiles[group]
+
+    def _drop_ring(self) -> None:
+        if self.ring is not None and self.ring.freed:
+            self.ring = None
+
+    def _await_copy_in(self) -> None:
+        """Wait until what was queued on the stream of incoming copies has run."""
+        event = self.driver.create_event()
         try:
-            event = self.driver.create_event()
             self.driver.record(event, self.streams["copy_in"])
-            self._await(event)
-            self.driver.destroy_event(event)
-            self.driver.free(address)
-            self.driver.free_pinned(staged)
-        except GpuError as error:
-            _log.warning("a tile table is left on the device: %s", error)
+            deadline = time.monotonic() + GPU_DRAIN_TIMEOUT_S
+            while not self.driver.reached(event):
+                if time.monotonic() > deadline:
+                    raise GpuOverdue("the upload of a tile table has not ended")
+                time.sleep(GPU_POLL_MIN_S)
+        finally:
+            self._try(lambda: self.driver.destroy_event(event))
 
-    def _await(self, event: int) -> None:
-        deadline = time.monotonic() + GPU_DRAIN_TIMEOUT_S
-        while not self.driver.reached(event):
-            if time.monotonic() > deadline:
-                raise GpuOverdue("the upload of a tile table has not ended")
-            time.sleep(GPU_POLL_MAX_S)
+    @staticmethod
+    def _try(*steps: Callable[[], None]) -> None:
+        """Run steps until one fails, which is logged: what it should have given back is left."""
+        try:
+            for step in steps:
+                step()
+        except GpuError as error:
+            _log.warning("left on the device: %s", error)

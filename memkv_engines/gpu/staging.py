@@ -130,16 +130,23 @@ class DeviceRing:
         slot.released = True
         self._free_if_idle(slot)
 
-    def free(self) -> None:
-        """Give the memory back; every slot must be free.
+    @property
+    def freed(self) -> bool:
+        """Whether all memory was given back."""
+        return not (self._memory or self._words)
 
-        Raises:
-            GpuError: a slot is in use (nothing was freed), or the driver failed.
-        """
-        if self.free_slots != len(self.slots):
-            raise GpuError(f"{len(self.slots) - self.free_slots} device slots are in use")
-        self._driver.free(self._memory)
-        self._driver.free_pinned(self._words)
+    def free_memory(self) -> None:
+        """Give the device memory back, once; every slot must be free."""
+        assert self.free_slots == len(self.slots), "slots are in use"
+        if self._memory:
+            self._driver.free(self._memory)
+            self._memory = 0
+
+    def free_words(self) -> None:
+        """Give the pinned words back, once; every slot must be free."""
+        if self._words:
+            self._driver.free_pinned(self._words)
+            self._words = 0
 
     def _free_if_idle(self, slot: DeviceSlot) -> None:
         if slot.released and not slot.pending:

@@ -86,22 +86,24 @@ void violate(const std::string& what) { if (st().violations.size() < 256) st().v
 std::string hex(uint64_t v) { char b[32]; snprintf(b, sizeof b, "0x%llx", (unsigned long long)v); return b; }
 
 // ---------------------------------------------------------------------------------------------------- scheduler
+// Runs the next operation of a stream drawn from all that could go on; false if none can.
 bool step() {
   auto& s = st();
   if (s.sticky) return false;  // a broken context runs nothing more
-  size_t n = s.streams.size(), at = rnd() % n;
-  for (size_t i = 0; i < n; ++i) {
-    Stream& stream = *s.streams[(at + i) % n];
-    if (stream.stalled || stream.queue.empty()) continue;
-    if (stream.queue.front().ready && !stream.queue.front().ready()) continue;
-    Op op = std::move(stream.queue.front());
-    stream.queue.pop_front();
-    if (s.fail_op_nth && --s.fail_op_nth == 0) s.sticky = s.fail_op_error; else op.run();
-    ++s.executed;
-    ++stream.finished;
-    return true;
+  std::vector<Stream*> able;
+  for (auto& stream : s.streams) {
+    if (stream->stalled || stream->queue.empty()) continue;
+    auto& ready = stream->queue.front().ready;
+    if (!ready || ready()) able.push_back(stream.get());
   }
-  return false;
+  if (able.empty()) return false;
+  Stream& stream = *able[rnd() % able.size()];
+  Op op = std::move(stream.queue.front());
+  stream.queue.pop_front();
+  if (s.fail_op_nth && --s.fail_op_nth == 0) s.sticky = s.fail_op_error; else op.run();
+  ++s.executed;
+  ++stream.finished;
+  return true;
 }
 
 template <typename F> CUresult settle(const char* who, F&& done) {

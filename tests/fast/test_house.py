@@ -149,6 +149,10 @@ def text_problems(text: str) -> list[str]:
     return sorted({match.group() for match in FORBIDDEN_TEXT.finditer(text)})
 
 
+# What waits for all streams of a device stops the engine. Assembled like the paths above.
+DEVICE_WIDE = re.compile("|".join((r"cuCtx" + "Synchronize", r"cuda" + "DeviceSynchronize", r"cuda\.synch" + "ronize")))
+
+
 # ------------------------------------------------------------------------------------------------------- the files
 
 
@@ -199,6 +203,11 @@ def test_no_machine_paths_and_no_registry_hosts() -> None:
             continue
         problems += [f"{path}: {found}" for found in text_problems(text)]
     assert not problems, "\n".join(problems)
+
+
+def test_nothing_waits_for_the_whole_device() -> None:
+    found = [str(path) for path, _ in package_modules() if DEVICE_WIDE.search(path.read_text())]
+    assert not found, found
 
 
 def test_top_level_holds_only_what_belongs_there() -> None:
@@ -259,6 +268,13 @@ def test_forbidden_text_is_found() -> None:
     for text in (*MACHINE_PATHS, *REGISTRY_HOSTS):
         assert text_problems(f"see {text}x"), text
         assert text_problems(f'"{text}x"'), text
+
+
+def test_a_device_wide_wait_is_found() -> None:
+    for name in ("cuCtx", "cudaDevice"):
+        assert DEVICE_WIDE.search(f"driver.{name}Synchronize()")
+    assert DEVICE_WIDE.search("torch.cuda.synch" + "ronize()")
+    assert not DEVICE_WIDE.search("cuStreamSynchronize(stream)")
 
 
 def test_ordinary_text_passes() -> None:

@@ -59,11 +59,8 @@ def outcome(
         live = {kind: count for kind, count in engine.fake.report().live.items() if count}
         problems += [f"left on the device: {live}"] if live and leaks else []
     if problems or report.violations:
-        _abandoned.append(engine)  # The fake may still know its memory as pinned: no one else may get these addresses.
+        engine.keep()
     return problems + report.violations
-
-
-_abandoned: list[Engine] = []
 
 
 def _submitted(mover: DeviceMover, submit: Callable[[], Ticket | None]) -> Ticket:

@@ -57,6 +57,7 @@ HYBRID = (Shape(1, 4096, 4096), Shape(1, 33024, 33024))
 LARGE = (Shape(2, 32768, 32768),) * 2
 LARGE_CONTIGUOUS = (Shape(3, 16384, 16384, block_outermost=True),)
 LARGE_PADDED = (Shape(1, 40000, 40000),)
+LONG_POOL = (Shape(2, 24, 24),)
 LAYOUTS = {
     "split": SPLIT,
     "fused": FUSED,
@@ -91,12 +92,16 @@ class Engine:
         self.context = self.ok("cuDevicePrimaryCtxRetain", 0)
         self.ok("cuCtxPushCurrent", self.context)
         self.stream = int(self.ok("cuStreamCreate", 0))
+        self.abandoned = False
         self._allocations: list[int] = []
         self._pinned: list[int] = []
-        self.region = mmap.mmap(-1, 64 * ALIGN_BYTES * 16, flags=mmap.MAP_SHARED)
-        self.region_bytes = len(self.region)
+        self._map_region(64 * ALIGN_BYTES * 16)
+
+    def _map_region(self, size: int) -> None:
+        self.region = mmap.mmap(-1, size, flags=mmap.MAP_SHARED)
+        self.region_bytes = size
         self.region_address = ctypes.addressof(ctypes.c_char.from_buffer(self.region))
-        self.host = view(self.region_address, self.region_bytes)
+        self.host = view(self.region_address, size)
 
     def ok(self, name: str, *arguments: Any) -> Any:
         """A driver call of the engine's own."""
@@ -104,6 +109,14 @@ class Engine:
         if int(code):
             raise EngineFailed(f"{name}: {code}")
         return results[0] if results else None
+
+    def put(self, address: int, data: Bytes) -> None:
+        """Write device memory at once."""
+        view(address, data.size)[:] = data
+
+    def get(self, address: int, size: int) -> Bytes:
+        """Device memory as it is now."""
+        return view(address, size).copy()
 
     def alloc(self, size: int) -> int:
         """Device memory."""
@@ -143,12 +156,30 @@ class Engine:
         self.ok("cuCtxPopCurrent")
         self.ok("cuDevicePrimaryCtxRelease", 0)
 
+    def unpin(self) -> None:
+        """Unpin the region, if a mover could not."""
+        self.api.cuMemHostUnregister(self.region_address)
+        self.fake.clear_violations()
+
+    def keep(self) -> None:
+        """Never give memory back that a broken context still knows as pinned: others would get its addresses."""
+        _kept.append(self)
+
+    def abandon(self) -> None:
+        """For a mover that leaves things on purpose: the test has looked, the fixture shall not."""
+        self.keep()
+        self.fake.reset(0, allow_pageable=False)
+        self.abandoned = True
+
     def mover(self, **arguments: Any) -> DeviceMover:
         """A mover with the region registered."""
         settings: dict[str, Any] = {"slot_bytes": 512 * 1024, "slots": 2, **arguments}
         mover = DeviceMover(0, **settings)
         mover.register_host(self.region_address, self.region_bytes)
         return mover
+
+
+_kept: list[Engine] = []
 
 
 @dataclass
@@ -166,7 +197,7 @@ class Pool:
             size = shape.planes * self.num_blocks * shape.stride_bytes
             address = self.engine.alloc(size)
             data = self.engine.random.integers(0, 256, size, dtype=np.uint8)
-            view(address, size)[:] = data
+            self.engine.put(address, data)
             order = (
                 (self.num_blocks, shape.planes, shape.stride_bytes)
                 if shape.block_outermost
@@ -213,7 +244,7 @@ class Pool:
     def device_matches(self) -> bool:
         """Whether every byte of the device's pages is what our account says, those around blocks included."""
         return all(
-            np.array_equal(view(address, tensor.size), tensor.reshape(-1))
+            np.array_equal(self.engine.get(address, tensor.size), tensor.reshape(-1))
             for address, tensor in zip(self.addresses, self.tensors, strict=True)
         )
 

@@ -13,7 +13,6 @@ from memkv_engines.gpu import driver as driver_module
 from memkv_engines.gpu import submissions
 from memkv_engines.gpu.book import TicketBook
 from memkv_engines.gpu.driver import Driver
-from memkv_engines.gpu.kernels import Kernels
 from memkv_engines.gpu.mover import DeviceMover
 from memkv_engines.gpu.staging import DeviceRing
 from memkv_engines.gpu.submissions import Submissions
@@ -53,7 +52,9 @@ def no_wait_of(stream_name: str) -> Callable[[Patch], None]:
 
         patch.setattr(Submissions, "__init__", remember)
         patch.setattr(
-            Driver, "wait", lambda self, stream, event: None if stream == ours[stream_name] else wait(self, stream, event)
+            Driver,
+            "wait",
+            lambda self, stream, event: None if stream == ours[stream_name] else wait(self, stream, event),
         )
 
     mutate.__name__ = f"no_wait_of_{stream_name}"
@@ -69,7 +70,9 @@ def copy_out_on_another_stream(patch: Patch) -> None:
         make(self, resources, *rest)
 
     patch.setattr(Submissions, "__init__", remember)
-    patch.setattr(Driver, "copy_to_host", lambda self, to, source, size, _: copy(self, to, source, size, ours["copy_in"]))
+    patch.setattr(
+        Driver, "copy_to_host", lambda self, to, source, size, _: copy(self, to, source, size, ours["copy_in"])
+    )
 
 
 def host_reads_without_waiting(patch: Patch) -> None:
