@@ -54,8 +54,8 @@ class Upkeep:
         for entry in self._everything():
             if entry.name is not None:
                 total += entry.info.st_size
-            elif collect and entry.is_temporary and is_leftover(entry.info):
-                unlink_quietly(entry.text, entry.dir_fd)
+            elif collect:
+                _collect(entry)
         if self._usage is not None and before is not None:
             self._usage.correct(total, before)
         return total
@@ -144,10 +144,14 @@ class Upkeep:
         return self.remove_chunks(chooser.victims(now.used_bytes - goal))
 
     def _chunks_of(self, folders: list[str]) -> Iterator[tuple[StoredChunk, NamespacePolicy]]:
+        """Every chunk of some namespaces; leftovers that are met on the way are collected."""
         for folder in folders:
             policy = policy_of(self._root_fd, folder)
-            for entry in listing.chunks(self._root_fd, folder):
-                yield entry.chunk(policy.priority), policy
+            for entry in listing.files(self._root_fd, folder):
+                if entry.name is not None:
+                    yield entry.chunk(policy.priority), policy
+                else:
+                    _collect(entry)
 
     def evict_some(
         self, folders: list[str], free_bytes: int | None, wanted: Callable[[Entry], bool], *, dry_run: bool = False
@@ -223,6 +227,12 @@ class Upkeep:
         account = self._accounts.of(folder)
         if account is not None:
             account.usage.add(size_bytes)
+
+
+def _collect(entry: Entry) -> None:
+    """Remove a temporary file whose writer must be dead."""
+    if entry.is_temporary and is_leftover(entry.info):
+        unlink_quietly(entry.text, entry.dir_fd)
 
 
 def needs_listing(count: Count, bound_bytes: int) -> bool:
