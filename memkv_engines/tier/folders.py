@@ -14,8 +14,7 @@ from memkv_engines.keys import ChunkName
 from memkv_engines.limits import MAX_BUCKET_ENTRIES_LISTED
 
 DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_EVICTING = ".evicting"
-_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+EVICTING = ".evicting"
 
 
 class Folder:
@@ -37,9 +36,9 @@ def only_one(root_fd: int) -> Iterator[bool]:
         TierFull, TierUnavailable: nobody can tell.
     """
     try:
-        fd = os.open(_EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+        fd = os.open(EVICTING, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
     except OSError as error:
-        raise as_tier_error(error, f"cannot open {_EVICTING}") from error
+        raise as_tier_error(error, f"cannot open {EVICTING}") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -246,7 +246,12 @@ def open_directories(
         except (TierUnavailable, OSError) as error:
             log.warning("%s is lost, and what is stored there with it: %s", path, error)
             lost.append(f"{path}: {error}")
-    return StripedTier(drives, lost)
+    try:
+        return StripedTier(drives, lost)
+    except TierUnavailable:
+        for drive in drives:
+            drive.tier.close()
+        raise
 
 
 def drive_seed(path: str, *, may_write: bool) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 from memkv_engines.errors import TierUnavailable
 from memkv_engines.keys import ChunkName
-from memkv_engines.limits import CLOCK_SLACK_S, EVICT_ABOVE_SHARE, EVICT_TO_SHARE
+from memkv_engines.limits import CLOCK_SLACK_S, EVICT_ABOVE_SHARE, EVICT_TO_SHARE, UPKEEP_EVERY_S
 from memkv_engines.tier import listing
 from memkv_engines.tier.eviction import LRU, OFF, Chooser, StoredChunk
-from memkv_engines.tier.folders import Folder, only_one, unlink_quietly
+from memkv_engines.tier.folders import EVICTING, Folder, as_tier_error, only_one, unlink_quietly
 from memkv_engines.tier.listing import Entry
 from memkv_engines.tier.policy import NamespacePolicy, policy_of
 from memkv_engines.tier.quotas import TenantAccounts, tenant_of
@@ -54,8 +54,8 @@ class Upkeep:
         for entry in self._everything():
             if entry.name is not None:
                 total += entry.info.st_size
-            elif collect and entry.is_temporary and is_leftover(entry.info):
-                unlink_quietly(entry.text, entry.dir_fd)
+            elif collect:
+                _collect(entry)
         if self._usage is not None and before is not None:
             self._usage.correct(total, before)
         return total
@@ -73,7 +73,8 @@ class Upkeep:
         Of the processes that share the directory one at a time does it. Open readers go on reading.
 
         Args:
-            recount: list what tenants with a quota hold although their counts do not ask for it.
+            recount: a round that nobody needs yet: list what tenants with a quota hold although their counts do not
+                ask for it. Nothing is done where another process made one within half of ``UPKEEP_EVERY_S``.
 
         Returns:
             Bytes freed; 0 too while another process is at it.
@@ -82,7 +83,7 @@ class Upkeep:
             TierError: something cannot be removed or counted; what could be was removed.
         """
         with only_one(self._root_fd) as alone:
-            if not alone:
+            if not alone or (recount and not self._round_is_due()):
                 return 0
             folders = listing.namespaces(self._root_fd)
             freed = self._expire(folders)
@@ -92,7 +93,29 @@ class Upkeep:
                     freed += self._make_room(own, account.usage, account.quota_bytes)
             if self._usage is not None and needs_listing(self._usage.count(), self._capacity_bytes):
                 freed += self._make_room(folders, self._usage, self._capacity_bytes)
+            if recount:
+                self._note_round()
             return freed
+
+    def _round_is_due(self) -> bool:
+        try:
+            info = os.stat(EVICTING, dir_fd=self._root_fd, follow_symlinks=False)
+        except OSError:
+            return True
+        # Empty: it was made for its lock, and tells of no round.
+        return not info.st_size or not 0 <= time.time() - info.st_mtime < UPKEEP_EVERY_S / 2
+
+    def _note_round(self) -> None:
+        try:
+            fd = os.open(EVICTING, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root_fd)
+        except OSError as error:
+            raise as_tier_error(error, f"cannot open {EVICTING}") from error
+        try:
+            os.pwrite(fd, b"1", 0)
+        except OSError:
+            pass  # No room, maybe: the next process makes its round too.
+        finally:
+            os.close(fd)
 
     def _expire(self, folders: list[str]) -> int:
         freed, now_ns = 0, time.time_ns()
@@ -121,10 +144,14 @@ class Upkeep:
         return self.remove_chunks(chooser.victims(now.used_bytes - goal))
 
     def _chunks_of(self, folders: list[str]) -> Iterator[tuple[StoredChunk, NamespacePolicy]]:
+        """Every chunk of some namespaces; leftovers that are met on the way are collected."""
         for folder in folders:
             policy = policy_of(self._root_fd, folder)
-            for entry in listing.chunks(self._root_fd, folder):
-                yield entry.chunk(policy.priority), policy
+            for entry in listing.files(self._root_fd, folder):
+                if entry.name is not None:
+                    yield entry.chunk(policy.priority), policy
+                else:
+                    _collect(entry)
 
     def evict_some(
         self, folders: list[str], free_bytes: int | None, wanted: Callable[[Entry], bool], *, dry_run: bool = False
@@ -200,6 +227,12 @@ class Upkeep:
         account = self._accounts.of(folder)
         if account is not None:
             account.usage.add(size_bytes)
+
+
+def _collect(entry: Entry) -> None:
+    """Remove a temporary file whose writer must be dead."""
+    if entry.is_temporary and is_leftover(entry.info):
+        unlink_quietly(entry.text, entry.dir_fd)
 
 
 def needs_listing(count: Count, bound_bytes: int) -> bool:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from memkv_engines.errors import ConfigError, TierFull
 from memkv_engines.keys import ChunkName, Namespace
-from memkv_engines.limits import ALIGN_BYTES, CLOCK_SLACK_S, MAX_POLICY_BYTES, MAX_PRIORITY, MAX_TTL_S
+from memkv_engines.limits import ALIGN_BYTES, CLOCK_SLACK_S, MAX_POLICY_BYTES, MAX_PRIORITY, MAX_TTL_S, UPKEEP_EVERY_S
 from memkv_engines.offload.keeping import Keeper
 from memkv_engines.tier import policy as policies
 from memkv_engines.tier import quotas as quota_module
+from memkv_engines.tier import upkeep
 from memkv_engines.tier.directory import DirectoryTier
 from memkv_engines.tier.eviction import LRU, OFF, SEGMENTED_LRU, Chooser, StoredChunk
 from memkv_engines.tier.policy import NamespacePolicy, Quotas, load_policy, load_quotas, save_policy, save_quotas
@@ -262,6 +263,7 @@ def test_when_a_chunk_expires(age_s: float, ttl_s: int, expired: bool) -> None:
 
 def test_the_keeper_expires(tier: DirectoryTier, root_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memkv_engines.offload.keeping.UPKEEP_EVERY_S", 0.02)
+    monkeypatch.setattr(upkeep, "UPKEEP_EVERY_S", 0.02)
     monkeypatch.setattr("memkv_engines.offload.keeping.EVICT_PAUSE_S", 0.02)
     fill(tier, LOW, 4, age_ns=HOUR_NS)
     keeper = Keeper(tier)
@@ -387,6 +389,27 @@ def test_pinned_chunks_of_a_tenant_at_its_quota_stay(tier: DirectoryTier, root_f
     assert tier.evict(recount=True) == 0
     with pytest.raises(TierFull):
         fill(tier, HIGH, 1)
+
+
+def test_of_many_processes_one_makes_a_round(
+    tier: DirectoryTier, root_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_quotas(root_fd, Quotas({"t": 50 * SIZE}))
+    fill(tier, LOW, 5)
+    tier.evict(recount=True)
+    account = tier._accounts.of(LOW.folder)
+    assert account is not None
+    first = account.usage.count().corrections
+    other = DirectoryTier(tier.root, direct_io="off", capacity_bytes=CAPACITY)
+    assert other.evict(recount=True) == tier.evict(recount=True) == 0
+    assert account.usage.count().corrections == first > 0
+    now = time.time()
+    for jump_s in (UPKEEP_EVERY_S, -2 * UPKEEP_EVERY_S):
+        monkeypatch.setattr(upkeep.time, "time", lambda jump_s=jump_s: now + jump_s)
+        before = account.usage.count().corrections
+        other.evict(recount=True)
+        assert account.usage.count().corrections == before + 1
+    other.close()
 
 
 def test_changed_quotas_are_seen_in_time_and_cost_nothing_meanwhile(

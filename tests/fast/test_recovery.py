@@ -107,6 +107,21 @@ def test_a_writer_that_is_killed_at_any_moment_leaves_whole_chunks(
     tier.close()
 
 
+def test_an_eviction_collects_leftovers_on_its_way(tmp_path: Path) -> None:
+    """So they go without a restart too."""
+    tier = DirectoryTier(tmp_path / "kv", direct_io="off", capacity_bytes=20 * PAGE)
+    tier.scan()
+    for number in range(20):
+        put(tier, make_name(4, str(number)), noise(PAGE))
+    bucket = next(tier.root.rglob("*.kv")).parent
+    for text, age_s in ((".tmp-1-old", 2 * TEMPORARY_MAX_AGE_S), (".tmp-1-young", 0), (".keep", 10**6)):
+        (bucket / text).write_bytes(b"x")
+        os.utime(bucket / text, (time.time() - age_s,) * 2)
+    assert tier.evict() > 0
+    assert {path.name for path in bucket.glob(".*")} == {".tmp-1-young", ".keep"}
+    tier.close()
+
+
 def test_a_leftover_is_collected_even_if_its_writer_wakes_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that hung for longer than a temporary file lives fails; it publishes nothing and breaks nothing."""
     fix_mode(monkeypatch, tmp_path, BUFFERED)

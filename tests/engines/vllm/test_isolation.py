@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -183,3 +184,16 @@ def test_two_replicas_that_start_at_once_share_a_directory(runs: Reports, number
     run = runs[f"replica {number}, all"]
     assert run["tokens"] == cold
     assert (run["cached"], run["counted"]["external"], misses(run)) == ([LAST_BLOCK] * 3, 3 * LAST_BLOCK, {})
+
+
+def test_every_namespace_with_chunks_says_what_it_stands_for(
+    runs: Reports, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Quotas find the tenant there; an adapter's namespace has a manifest as well."""
+    tier = tmp_path_factory.getbasetemp() / "isolation0" / "adapters"
+    namespaces = {chunk.parents[1] for chunk in tier.rglob("*.kv")}
+    manifests = [json.loads((folder / "manifest.json").read_bytes()) for folder in namespaces]
+    names = [manifest["lora_name"] for manifest in manifests if "lora" in manifest]
+    assert len(manifests) == len(names) + 1
+    assert len(names) == 4, "a, b, and one before and after its training"
+    assert {manifest["tenant"] for manifest in manifests} == {""}
