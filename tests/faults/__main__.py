@@ -33,8 +33,8 @@ EXAMPLES_PER_ROUND = 150
 PIPELINE_ROUNDS = 4
 TABLE_COLUMNS = 150
 DOORS = ("tier", "pipelines", "vllm", "vllm, look-ups", "sglang-hicache", "sglang-linker")
-# An engine plays so many faults: its start is dear, and what it answers has a time limit.
-FAULTS_PER_ENGINE = 12
+# A vLLM plays so many faults: its start is dear, but a scenario has a time limit.
+FAULTS_PER_SCENARIO = 12
 _VLLM = """
 import sys, tempfile
 from pathlib import Path
@@ -97,18 +97,19 @@ def rows_of(door: str, names: Sequence[str], seed: int, number: int) -> Iterator
     elif door == "pipelines":
         yield from pipelines.play(names, PIPELINE_ROUNDS, seed)
     else:
-        for start in range(0, len(names), FAULTS_PER_ENGINE):
-            part = names[start : start + FAULTS_PER_ENGINE]
-            yield from in_engine(door, part, seed + start, (1024, 300)[number % 2])
+        step = FAULTS_PER_SCENARIO if door.startswith("vllm") else len(names)
+        for start in range(0, len(names), step):
+            yield from in_engine(door, names[start : start + step], seed + start, (1024, 300)[number % 2])
 
 
-def played(doors: Sequence[str], names: Sequence[str], rounds: int, seed: int) -> list[Row]:
-    """Every round against every door."""
+def played(doors: Sequence[str], names: Sequence[str], count: int, seed: int, output: Path) -> list[Row]:
+    """Every round against every door; the file holds what is known so far."""
     found: list[Row] = []
-    turns = [(door, number) for number in range(rounds) for door in doors]
+    turns = [(door, number) for number in range(count) for door in doors]
     for door, number in tqdm(turns, unit="door", disable=None):
-        found += rows_of(door, names, seed + 1000 * number, number)
-    return rows.merged(found)
+        found = rows.merged([*found, *rows_of(door, names, seed + 1000 * number, number)])
+        rows.write(found, output)
+    return found
 
 
 def show(found: Sequence[Row]) -> None:
@@ -142,8 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error("--rounds: give at least 1")
-    found = played(options.doors, options.faults, options.rounds, options.seed)
-    rows.write(found, options.output)
+    found = played(options.doors, options.faults, options.rounds, options.seed, options.output)
     print(rows.as_json(found)) if options.json else show(found)
     try:
         rows.check(found)
