@@ -130,7 +130,6 @@ class TicketBook:
                 work.digests = work.slot.read_leaves(*work.leaves)
             self._slot_ended(work.slot, work.owns_slot)
         self.give_events_back(work)
-        work.pages_event = None
         work.complete = True
         self.failed += work.error is not None
         self.in_flight.remove(ticket)

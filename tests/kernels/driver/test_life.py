@@ -84,6 +84,29 @@ def test_a_failed_submission_is_the_tickets_until_its_work_has_ended(
     mover.close()
 
 
+@pytest.mark.parametrize(("way", "stream", "record"), [("gather", "copy_out", 3), ("scatter", "copy_in", 1)])
+def test_a_failed_submission_ends_when_all_its_streams_are_through(
+    engine: Engine, pool: Pool, mover: DeviceMover, way: str, stream: str, record: int
+) -> None:
+    """The copy is queued, the event behind it is not; the ticket's other stream has nothing left to do."""
+    handle = mover._resources.streams[stream]
+    engine.fake.stall(handle)
+    engine.fake.fail("cuEventRecord", 1, nth=record)
+    if way == "gather":
+        ticket = mover.gather(0, [0], engine.region_address, after_stream=engine.stream)
+    else:
+        engine.host[: pool.stride_bytes] = 0
+        ticket = mover.scatter(0, engine.region_address, [0], after_stream=engine.stream)
+    assert ticket is not None
+    for _ in range(20):
+        assert not ticket.done(), "the host slot is still read or written"
+    engine.fake.unstall(handle)
+    with pytest.raises(GpuError, match="cuEventRecord"):
+        ticket.wait(5)
+    assert pool.device_matches(), "no kernel was queued"
+    mover.close()
+
+
 def test_nothing_to_hold_behind_a_submission_that_failed_early(engine: Engine, pool: Pool, mover: DeviceMover) -> None:
     engine.fake.stall(mover._resources.streams["gather"])
     engine.fake.fail("cuLaunchKernel", 1)
