@@ -50,15 +50,19 @@ def paths(tmp_path: Path) -> list[str]:
     return [str(path) for path in found]
 
 
+def fix_ids(paths: list[str]) -> None:
+    """Always the same ids, so that chunks lie at the same places in every run."""
+    for number, path in enumerate(paths):
+        (Path(path) / ID_FILE).write_text(f"{number + 1:032x}")
+
+
 Make = Callable[..., StripedTier]
 
 
 @pytest.fixture
 def make(paths: list[str]) -> Iterator[Make]:
     made = []
-    # Always the same ids, so that chunks lie at the same places in every run.
-    for number, path in enumerate(paths):
-        (Path(path) / ID_FILE).write_text(f"{number + 1:032x}")
+    fix_ids(paths)
 
     def call(*wanted: str, **options: object) -> StripedTier:
         tier = open_directories(wanted or paths, **options)  # type: ignore[arg-type]
@@ -340,6 +344,7 @@ def test_a_drive_that_is_read_only_from_the_start(make: Make, paths: list[str], 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_a_service_over_several_directories(mode: str, paths: list[str]) -> None:
+    fix_ids(paths)
     client = started(setup_for(Path(",".join(paths)), [POOL]), mode)
     prompts = [chain(BLOCKS_PER_CHUNK, f"{mode}{number}") for number in range(12)]
     for hashes in prompts:
