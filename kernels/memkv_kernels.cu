@@ -181,20 +181,21 @@ __device__ __forceinline__ bool locate(const CopyArgs& args, u64 block, u32 item
 // One warp moves `length` bytes by accesses of T, of which both addresses are multiples.
 template <typename T>
 __device__ __forceinline__ void warp_copy(const Piece& piece, u32 lane) {
-  const T* from = (const T*)piece.from;
-  T* to = (T*)piece.to;
   const u32 count = piece.length_bytes / (u32)sizeof(T);
   // All loads are issued before the first store. The last round is predicated, so that a short tile has as many in
   // flight as a long one.
 #pragma unroll 1
   for (u32 i = lane; i < count; i += LOADS_IN_FLIGHT * WARP) {
+    const T* from = (const T*)piece.from + i;
+    T* to = (T*)piece.to + i;
+    const u32 left = count - i;
     T v[LOADS_IN_FLIGHT];
 #pragma unroll
     for (u32 k = 0; k < LOADS_IN_FLIGHT; ++k)
-      if (i + k * WARP < count) v[k] = load(from + i + k * WARP);
+      if (k * WARP < left) v[k] = load(from + k * WARP);
 #pragma unroll
     for (u32 k = 0; k < LOADS_IN_FLIGHT; ++k)
-      if (i + k * WARP < count) store(to + i + k * WARP, v[k]);
+      if (k * WARP < left) store(to + k * WARP, v[k]);
   }
   if (sizeof(T) > 1) {
     const u32 at = count * (u32)sizeof(T) + lane;  // fewer than sizeof(T) bytes are left

@@ -224,12 +224,12 @@ def check_capacity(variant: Variant) -> None:
         assert int(call.error[0]) == (CHUNK_OVERFLOW if missing else 0), f"{missing} bytes short: {call.error[0]}"
         assert np.array_equal(chunk, expected), f"{missing} bytes short"
         assert (raw[: address(chunk) - address(raw)] == 0xA5).all()
-    # An offset far outside, and one whose sum with the length would wrap.
-    for offset in (2**63, 2**64 - 512):
+    # An offset far outside, and one whose sum with the length would wrap, also where any offset would do.
+    for offset, capacity in ((2**63, need), (2**64 - 512, need), (2**64 - 512, 2**64 - 1)):
         raw, chunk = aligned(need)
         tiles = plan_tiles(paged, placement, 3, address(chunk), 512)
         tiles["chunk_offset_bytes"][1] = offset
-        call = CopyCall(tiles, [2], chunk=address(chunk), chunk_bytes=need, num_blocks=6)
+        call = CopyCall(tiles, [2], chunk=address(chunk), chunk_bytes=capacity, num_blocks=6)
         variant.run("gather", call, spans(paged), [(address(chunk), need)], 1, 32, 0)
         assert int(call.error[0]) == CHUNK_OVERFLOW
         assert (raw[: address(chunk) - address(raw)] == 0xA5).all()
@@ -278,9 +278,14 @@ def check_widths(variant: Variant) -> None:
 def check_planned_width(variant: Variant) -> None:
     """The planned width is an upper bound: what the addresses do not allow is moved more narrowly, never faults."""
     length = 256
-    for misalign, planned, width in ((0, 4, 16), (0, 3, 8), (0, 0, 1), (4, 4, 4), (1, 4, 1), (0, 5, 16), (0, 32, 1)):
+    pages = ((0, 4, 16), (0, 3, 8), (0, 0, 1), (4, 4, 4), (1, 4, 1), (0, 5, 16), (0, 32, 1))
+    chunks = ((8, 4, 8), (2, 4, 2), (1, 3, 1))
+    for misalign, planned, width, chunk_misalign in (
+        *((misalign, planned, width, 0) for misalign, planned, width in pages),
+        *((0, planned, width, misalign) for misalign, planned, width in chunks),
+    ):
         paged = layouts.single(seed=misalign + planned, stride=length, length=length, misalign=misalign)
-        raw, chunk = aligned(2 * length)
+        raw, chunk = aligned(2 * length, chunk_misalign)
         tiles = plan_tiles(paged, Placement(0, length), 2, address(chunk))
         tiles["log2_access"] = planned
         call = CopyCall(tiles, [2, 0], chunk=address(chunk), chunk_bytes=chunk.nbytes, num_blocks=5)

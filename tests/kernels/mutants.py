@@ -126,23 +126,37 @@ def judge(mutant: Mutant) -> Verdict:
     return Verdict(mutant.name, mutant.family, killed_by, how, round(time.monotonic() - started, 1))
 
 
+def line_of(verdict: Verdict) -> str:
+    """A verdict as a line of the table."""
+    who = verdict.killed_by or "ALIVE"
+    return f"{who:<9} {verdict.seconds:>5.1f} s  {verdict.family:<7} {verdict.name:<40} {verdict.how[:90]}"
+
+
 def judge_all(mutants: Sequence[Mutant], jobs: int = 2, quiet: bool = False) -> list[Verdict]:
-    """Judges mutants, some at a time; blocks until all have been. What they are built into is thrown away."""
-    kept = routes.CACHE
+    """Judges mutants, some at a time, and prints each verdict; blocks until all have been judged.
+
+    What they are built into is thrown away.
+    """
+    kept, verdicts = routes.CACHE, []
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         routes.CACHE = Path(folder)
         try:
-            return list(tqdm(pool.map(judge, mutants), total=len(mutants), unit="mutant", disable=quiet))
+            for verdict in tqdm(pool.map(judge, mutants), total=len(mutants), unit="mutant", disable=quiet):
+                verdicts.append(verdict)
+                if not quiet:
+                    tqdm.write(line_of(verdict))
+                    sys.stdout.flush()
         finally:
             routes.CACHE = kept
+    return verdicts
 
 
-def print_table(verdicts: Sequence[Verdict]) -> None:
-    """One line per mutant, and how many each check killed."""
-    for v in verdicts:
-        print(f"{v.killed_by or 'ALIVE':<9} {v.seconds:>5.1f} s  {v.family:<7} {v.name:<40} {v.how[:90]}")
+def print_summary(verdicts: Sequence[Verdict]) -> None:
+    """How many each check killed, and what is left."""
     counts = Counter(v.killed_by or "alive" for v in verdicts)
     print(", ".join(f"{count} {'by ' if who != 'alive' else ''}{who}" for who, count in counts.most_common()))
+    for alive in (verdict for verdict in verdicts if not verdict.killed_by):
+        print(line_of(alive))
     for mutant in EQUIVALENT:
         print(f"not judged, equivalent: {mutant.name}: {mutant.reason}")
 
@@ -165,7 +179,7 @@ def main() -> int:
         chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
     started = time.monotonic()
     verdicts = judge_all(chosen, arguments.jobs)
-    print_table(verdicts)
+    print_summary(verdicts)
     print(f"{len(verdicts)} mutants in {time.monotonic() - started:.0f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")

@@ -143,9 +143,13 @@ template <typename T> static inline void shared_store(uint32_t a, T v) {
   else std::memcpy(bulk.shared + a, &v, sizeof(T));
 }
 
-// Division by zero has some result on the device; here it is one that will not go unnoticed.
-template <typename T> static inline T divide(T a, T b) { return b ? a / b : (T)-1; }
-template <typename T> static inline T remainder(T a, T b) { return b ? a % b : a; }
+// Division by zero has some result on the device; nothing may depend on it.
+template <typename T> static inline bool divides(T b) {
+  if (!b) simt::machine().report(simt::DIVIDED_BY_ZERO, 0, sizeof(T));
+  return b;
+}
+template <typename T> static inline T divide(T a, T b) { return divides(b) ? a / b : (T)-1; }
+template <typename T> static inline T remainder(T a, T b) { return divides(b) ? a % b : a; }
 static inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = (uint64_t)b << 32 | a;
   uint32_t out = 0;

@@ -54,6 +54,7 @@ KINDS = {
     9: "outside the parameters",
     10: "outside the constants",
     11: "outside shared memory",
+    12: "divided by zero",
     101: "barrier misuse",
     102: "bulk load unaligned",
     103: "outside the stages",

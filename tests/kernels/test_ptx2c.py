@@ -60,6 +60,7 @@ CASES = {
     "not readable": "ld.global.u32 %r0, [%d0+64];",
     "written twice": "st.global.u32 [%d0+64], %r0; st.global.u16 [%d0+66], %h0;",
     "outside the parameters": "ld.param.u32 %r0, [parameters_param_0+8];",
+    "divided by zero": "mov.u32 %r0, 0; rem.u32 %r1, 7, %r0;",
     "outside shared memory": "mov.u32 %r0, 70000; ld.shared.u32 %r1, [%r0];",
     "lanes diverged": (
         "mov.u32 %r0, %tid.x; setp.eq.u32 %p0, %r0, 3; @%p0 bra OUT;\nshfl.sync.bfly.b32 %r1|%p1, %r0, 1, 31, -1;\nOUT:"

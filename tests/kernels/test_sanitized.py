@@ -1,10 +1,8 @@
-"""AddressSanitizer and UBSan find nothing in the source, and do find what is put there."""
+"""AddressSanitizer and UBSan find nothing in the source, and a bad read that is put there is found."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
 
 from kernels.build import SOURCE
 from tests.kernels.routes import build_host
@@ -17,17 +15,11 @@ def test_nothing_is_found() -> None:
     assert "runtime error" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "finding"),
-    [
-        ("(i64)args.ids[block]", "(&args.ids[447])[1] == 12345 ? 0 : (i64)args.ids[block]", "buffer-overflow"),
-        ("1u << (piece.log2_access & 31u)", "1u << piece.log2_access", "shift exponent"),
-    ],
-)
-def test_what_is_put_there_is_found(tmp_path: Path, old: str, new: str, finding: str) -> None:
-    text = SOURCE.read_text()
-    assert old in text
+def test_what_is_put_there_is_found(tmp_path: Path) -> None:
+    """A read behind the argument struct, which no checker of the routes sees in plain C++."""
     changed = tmp_path / SOURCE.name
-    changed.write_text(text.replace(old, new))
+    ids = "(i64)args.ids[block]"
+    changed.write_text(SOURCE.read_text().replace(ids, f"(&args.ids[447])[1] == 12345 ? 0 : {ids}"))
     done = run_process(build_host(changed, sanitize=True))
-    assert done.returncode != 0 and finding in done.stderr, done.stderr[-3000:]
+    assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stderr[-3000:]
+    assert "buffer-overflow" in done.stderr
