@@ -320,7 +320,8 @@ def wanted_stamp(environment: Environment) -> dict[str, str]:
         *(path.read_bytes() for path in environment.inputs),
         *environment.versions,
     )
-    return {"base": base, "project": digest(base, project_section())}
+    steps = (inspect.getsource(step.run) for step in environment.project)
+    return {"base": base, "project": digest(base, project_section(), *steps)}
 
 
 def found_stamp(environment: Environment) -> dict[str, str]:
