@@ -106,8 +106,8 @@ GATES = (
     ),
     Gate(
         name="kernels",
-        proves="the CUDA kernels without a GPU: real PTX on the CPU, digests against xxhash, machine code",
-        budget_s=180,
+        proves="the GPU path without a GPU: real PTX on the CPU, the mover on a fake driver, the real NIXL and kvikio",
+        budget_s=480,
         environment="device",
         tests="tests/kernels",
     ),

@@ -334,15 +334,17 @@ class DeviceMover:
                 self._resources.pin(*self._host)
             self._paused = False
 
-    def close(self, timeout_s: float = GPU_DRAIN_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float = GPU_DRAIN_TIMEOUT_S) -> bool:
         """Drain and free everything; may be called again. Blocking.
 
         What does not drain is leaked on purpose and logged: memory that a late copy may still reach is not given back.
-        Then the shared region must stay mapped until the process ends, and this returns all the same.
+
+        Returns:
+            Whether nothing was left; if not, the shared region must stay mapped until the process ends.
         """
         with self._lock:
             if self._closed:
-                return
+                return not self._book.in_flight
             self._paused = True
         try:
             self._drain(timeout_s)
@@ -356,9 +358,10 @@ class DeviceMover:
         except GpuError as error:
             self._closed = True
             _log.error("the GPU path ends, and memory that may be in use is left allocated: %s", error)
-            return
+            return False
         self._closed = True
         self._driver.close()
+        return True
 
     # ------------------------------------------------------------------------------------------------- inside
 

@@ -25,6 +25,7 @@ from memkv_engines.offload.pinned import PinnedStaging
 log = get_logger(__name__)
 
 _POLL_S = 0.0002
+_left_behind: list[PinnedStaging] = []
 
 
 class DeviceIoClient:
@@ -95,7 +96,9 @@ class DeviceIoClient:
         self._stores.poll()
         self._loads.drain(self._fence_timeout_s)
         self._client.close()
-        self._mover.close()
+        if not self._mover.close():
+            # A copy that comes late must not meet memory that has become something else.
+            _left_behind.append(self._staging)
 
     # --- jobs ----------------------------------------------------------------
 

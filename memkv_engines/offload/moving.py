@@ -43,8 +43,8 @@ class Mover(Protocol):
     ) -> Ticket | None:
         """Slot to pages; None where nothing is free."""
 
-    def close(self) -> None:
-        """Drain and end."""
+    def close(self) -> bool:
+        """Drain and end; False where work is left that may still touch the staging."""
 
 
 @dataclass(frozen=True)

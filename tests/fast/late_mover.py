@@ -82,10 +82,11 @@ class LateMover:
     ) -> LateTicket | None:
         return self._queue(group, block_ids, payload_address, after_stream, to_staging=False)
 
-    def close(self) -> None:
+    def close(self) -> bool:
         for ticket in self._tickets:
             ticket.run()
         self.closed = True
+        return True
 
     def _queue(
         self, group: int, block_ids: npt.ArrayLike, address: int, stream: int, *, to_staging: bool

@@ -16,7 +16,7 @@ from memkv_engines.cli.doctor.engines import version_of
 from memkv_engines.cli.doctor.finding import COMMAND_TIMEOUT_S, NOTE, OK, PROBLEM, Finding, Host
 
 AREA = "gpu"
-NOT_YET = "this version of memkv-engines moves KV caches in host memory only"
+NOT_YET = "the GPU path was tested on a fake driver only so far: run `make test-gpu` in a checkout, and tell us"
 GDS_NEXT = "only where the KV cache is in GPU memory: mend it, or leave gds=auto"
 NIXL_MIN = (1, 5, 0)
 # Asking imports numpy, and where GPUDirect might work it tries it.
@@ -28,6 +28,7 @@ def check(host: Host, path: str = "") -> Iterator[Finding]:
     gpus = _gpus(host)
     yield from gpus
     yield _driver_library()
+    yield _bindings()
     yield from _gds(host, has_gpu=bool(gpus) and gpus[0].verdict == OK)
     yield from _nixl(host)
     yield from _topology(host)
@@ -52,6 +53,14 @@ def _driver_library() -> Finding:
     except OSError as error:
         return Finding(AREA, "libcuda", NOTE, "cannot be loaded", str(error))
     return Finding(AREA, "libcuda", OK, f"CUDA {version.value // 1000}.{version.value % 1000 // 10}")
+
+
+def _bindings() -> Finding:
+    version = version_of("cuda-bindings")
+    if version:
+        return Finding(AREA, "cuda-bindings", OK, version)
+    why = "KV caches in GPU memory need it: pip install 'memkv-engines[gpu]'"
+    return Finding(AREA, "cuda-bindings", NOTE, "not installed", why)
 
 
 def _gds(host: Host, *, has_gpu: bool) -> Iterator[Finding]:
