@@ -17,15 +17,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from memkv_engines.errors import (
-    ChunkForeign,
-    ChunkMissing,
-    TierFull,
-    TierUnavailable,
-    TransportError,
-)
+from memkv_engines.errors import ChunkForeign, ChunkMissing, TierFull, TierUnavailable, TransportError
 from memkv_engines.keys import ChunkName, Namespace, bucket_of
 from memkv_engines.limits import (
     EVICT_ABOVE_SHARE,
@@ -40,8 +34,8 @@ from memkv_engines.tier.base import ChunkReader, PutResult, Tier
 from memkv_engines.tier.eviction import OFF, SEGMENTED_LRU, StoredChunk, choose_victims
 from memkv_engines.tier.folders import DIR_FLAGS, Folder, as_tier_error, dated_names, only_one, unlink_quietly, walk
 from memkv_engines.tier.usage import UsageFile
-from memkv_engines.transports.base import FileTransport
-from memkv_engines.transports.files import attach
+from memkv_engines.transports.base import FileTransport, View
+from memkv_engines.transports.files import attach, prove
 from memkv_engines.transports.posix import BUFFERED, DIRECT, ModeReport, PosixTransport, probe_modes
 from memkv_engines.transports.select import TransportPlan
 
@@ -58,8 +52,8 @@ class _FileReader(ChunkReader):
         self._transport, self._handle = transport, handle
         self.object_bytes = object_bytes
 
-    def read(self, views: Sequence[memoryview], offset: int) -> None:
-        self._transport.read(self._handle, views, offset)
+    def read(self, views: Sequence[View], offset: int) -> None:
+        self._transport.read(self._handle, cast("Sequence[memoryview]", views), offset)
 
     def close(self) -> None:
         handle, self._handle = self._handle, None
@@ -112,6 +106,7 @@ class DirectoryTier(Tier):
             raise
         self.name = f"directory({self._transport.name})"
         self.align_bytes = self._transport.align_bytes
+        self.moves_device_memory = self._transport.moves_device_memory
         self._lock = threading.Lock()
         self._buckets: OrderedDict[tuple[str, str], Folder] = OrderedDict()
         self._written_bytes = 0
@@ -120,7 +115,7 @@ class DirectoryTier(Tier):
 
     # --- writing -------------------------------------------------------------
 
-    def put(self, folder: str, name: ChunkName, views: Sequence[memoryview], *, replace: bool = False) -> PutResult:
+    def put(self, folder: str, name: ChunkName, views: Sequence[View], *, replace: bool = False) -> PutResult:
         if self._read_only:
             raise TierUnavailable("the tier is read-only")
         if not replace and self.exists(folder, [name])[0]:
@@ -163,7 +158,7 @@ class DirectoryTier(Tier):
             return 0
         return info.st_size if stat.S_ISREG(info.st_mode) else 0
 
-    def _publish(self, folder: str, name: ChunkName, views: Sequence[memoryview]) -> int:
+    def _publish(self, folder: str, name: ChunkName, views: Sequence[View]) -> int:
         temporary = f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | self._transport.open_flags
         try:
@@ -174,7 +169,7 @@ class DirectoryTier(Tier):
         try:
             handle = attach(self._transport, fd, writable=True)
             try:
-                written = self._transport.write(handle, views, 0)
+                written = self._transport.write(handle, cast("Sequence[memoryview]", views), 0)
             finally:
                 self._transport.detach(handle)
             os.rename(temporary, name.text, src_dir_fd=bucket_fd, dst_dir_fd=bucket_fd)
@@ -387,8 +382,13 @@ class DirectoryTier(Tier):
             for name, info in self._chunks(folder):
                 yield StoredChunk(f"{folder}/{name.text}", info.st_size, info.st_mtime_ns, info.st_atime_ns)
 
-    def register_memory(self, address: int, length_bytes: int) -> None:
-        self._transport.register(address, length_bytes)
+    def prove(self, views: Sequence[View]) -> None:
+        """Move bytes of this kind of memory into a scratch file and back, as ``files.prove``; not if read-only."""
+        if not self._read_only:
+            prove(self._transport, self._root_fd, views)
+
+    def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
+        self._transport.register(address, length_bytes, device=device)
 
     def deregister_memory(self, address: int) -> None:
         self._transport.deregister(address)
