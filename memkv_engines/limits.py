@@ -37,6 +37,8 @@ TEMPORARY_MAX_AGE_S = 15 * 60
 EVICT_ABOVE_SHARE = 0.95
 """Share of the capacity from which chunks are evicted, and the share they are evicted down to."""
 EVICT_TO_SHARE = 0.90
+EVICT_LOOK_EVERY_S = 1.0
+"""Between two looks at what all processes together have written: one lock and a read of 64 bytes."""
 EVICT_PAUSE_S = 1.0
 """Between two evictions of one process: a listing of the whole directory is not for free."""
 TOUCH_EVERY_S = 60.0

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from memkv_engines.errors import IoServiceError
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
+from memkv_engines.offload.direct_client import DirectIoClient
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Segment, StoreChunk
 
 Answer = LoadResult | StoreResult | ProbeDone
@@ -30,7 +31,7 @@ class BlockingClient:
         store_timeout_s: age at which a store is given up and the service ended; loads have the client's own.
     """
 
-    def __init__(self, client: IoClient | DeviceIoClient, store_timeout_s: float = 30.0) -> None:
+    def __init__(self, client: IoClient | DeviceIoClient | DirectIoClient, store_timeout_s: float = 30.0) -> None:
         self._client = client
         self._store_timeout_s = store_timeout_s
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ import contextlib
 import threading
 
 from memkv_engines.errors import MemKVError
-from memkv_engines.limits import EVICT_PAUSE_S
+from memkv_engines.limits import EVICT_LOOK_EVERY_S, EVICT_PAUSE_S
 from memkv_engines.log import Throttle, get_logger
 from memkv_engines.tier.directory import DirectoryTier
 
@@ -37,7 +37,11 @@ class Keeper:
     def _run(self) -> None:
         with contextlib.suppress(MemKVError, OSError):
             self._tier.scan()
-        while self._tier.evicts and self._tier.wait_for_pressure() and not self._stopped.is_set():
+        while self._tier.evicts and not self._stopped.is_set():
+            # Nobody wakes it for what other processes write, the engine's own with GPUDirect among them.
+            self._tier.wait_for_pressure(EVICT_LOOK_EVERY_S)
+            if self._stopped.is_set():
+                return
             self._evict()
             # Another process may be at it, or nothing be left to remove: no listing without a pause.
             self._stopped.wait(EVICT_PAUSE_S)
