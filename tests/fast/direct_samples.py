@@ -23,6 +23,8 @@ from memkv_engines.transports.base import DeviceView, View
 from memkv_engines.transports.posix import PosixTransport
 from tests.fast.late_mover import STREAM, LateMover, LateTicket
 
+KINDS = ("gather", "scatter", "load digests", "store digests")
+
 
 class Slot:
     """A "device" slot in host memory; poisoned when it is taken."""
@@ -70,7 +72,7 @@ class LateSlotMover(LateMover):
 
     Attributes:
         failing: by kind of ticket, a message makes it fail with that, after its work.
-        hang: a kind (``gather``, ``scatter``, ``digests``) that is overdue for whoever waits, until it is held.
+        hang: a kind that is overdue for whoever waits, until it is held.
         lagging: kinds that run only when they are held, or taken off this set.
         scatters: queued so far.
     """
@@ -81,7 +83,7 @@ class LateSlotMover(LateMover):
         self._map = mmap.mmap(-1, slots * size)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.all_slots = [Slot(base + i * size, size) for i in range(slots)]
-        self.failing = {"gather": "", "scatter": "", "digests": ""}
+        self.failing = dict.fromkeys(KINDS, "")
         self.hang = ""
         self.lagging: set[str] = set()
         self.scatters = 0
@@ -153,7 +155,7 @@ class LateSlotMover(LateMover):
                 leaves = [xxh3_64_digest(data[at : at + LEAF_BYTES]) for at in range(0, length, LEAF_BYTES)]
                 ticket.leaves.append(b"".join(leaves))
 
-        ticket = self._add("digests", slot, LeafTicket, digest)
+        ticket = self._add("load digests" if loading else "store digests", slot, LeafTicket, digest)
         return ticket
 
     def _check(self, slot: Slot, offset_bytes: int, group: int, blocks: int, stream: int) -> None:

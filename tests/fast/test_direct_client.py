@@ -1,4 +1,4 @@
-"""The client of the GPUDirect path: what orders its copies, and what becomes of its memory when something fails or hangs.
+"""The client of the GPUDirect path: what orders its copies, and what becomes of its memory when something hangs.
 
 That blocks come back byte for byte is shown by ``test_io_service.py``, which this client passes too.
 """
@@ -76,7 +76,7 @@ def check_works(client: DirectIoClient, mover: LateSlotMover, prompt: str) -> No
 
 def test_behind_the_fence_pages_may_be_overwritten(served: Served) -> None:
     client, mover, _ = served
-    mover.lagging = {"gather", "digests"}
+    mover.lagging = {"gather", "store digests"}
     hashes, before = chain(N, "fence"), [POOL.block(page) for page in range(N)]
     client.submit_store(1, (make_store(POOL, hashes, range(N)),))
     assert client.fence()
@@ -92,7 +92,7 @@ def test_behind_the_fence_pages_may_be_overwritten(served: Served) -> None:
 def test_without_the_fence_they_may_not(served: Served) -> None:
     """The counterpart: the mover is really late."""
     client, mover, _ = served
-    mover.lagging = {"gather", "digests"}
+    mover.lagging = {"gather", "store digests"}
     hashes, before = chain(N, "no fence"), [POOL.block(page) for page in range(N)]
     client.submit_store(1, (make_store(POOL, hashes, range(N)),))
     POOL.memory[:] ^= 0xFF
@@ -117,7 +117,7 @@ def test_a_gather_that_cannot_be_ordered_is_waited_for(served: Served) -> None:
 
 def test_a_gather_that_hangs_past_the_fence_is_never_stored(served: Served, quick: Path) -> None:
     client, mover, _ = served
-    mover.failing["gather"], mover.lagging = "no event", {"gather", "digests"}
+    mover.failing["gather"], mover.lagging = "no event", {"gather", "store digests"}
     client.submit_store(1, (make_store(POOL, chain(N, "hang"), range(N)),))
     assert not client.fence()
     for ticket in mover.order:  # the device comes back, and the copy was right after all
@@ -134,13 +134,12 @@ def test_stores_without_a_slot_are_shed_at_the_fence_and_loads_have_their_own(se
     client, mover, _ = served
     hashes = chain(N, "room")
     assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
-    mover.lagging = {"digests"}
+    mover.lagging = {"store digests"}
     room = len(mover.all_slots) - IO_THREADS
     client.submit_store(1, tuple(make_store(POOL, chain(N, f"more{i}"), range(N)) for i in range(room + 3)))
     assert client.fence()
     assert client._slots.left == (IO_THREADS, 0)
     mover.lagging = set()
-    check_load(client, POOL, make_run(POOL, hashes, range(40, 44)), {40 + i: i for i in range(N)}) if False else None
     (result,) = results_of(client)
     assert isinstance(result, StoreResult)
     assert sorted(result.outcomes) == ["shed"] * 3 + ["stored"] * room
@@ -153,16 +152,18 @@ def test_stores_without_a_slot_are_shed_at_the_fence_and_loads_have_their_own(se
 
 
 def test_loads_find_slots_while_stores_hold_all_of_theirs(served: Served) -> None:
-    client, mover, transport = served
+    client, mover, _ = served
     hashes = chain(N, "own")
     store(client, make_store(POOL, hashes, range(N)))
-    mover.lagging = {"gather"}  # the digests of loads do not lag, those of stores wait for the gather
+    mover.lagging = {"gather", "store digests"}
     room = len(mover.all_slots) - IO_THREADS
-    client.submit_store(1, tuple(make_store(POOL, chain(N, f"held{i}"), range(N)) for i in range(room)))
+    client.submit_store(1, tuple(make_store(POOL, chain(N, f"held{i}"), range(N)) for i in range(room + 1)))
     assert client._slots.left == (IO_THREADS, 0)
-    client.submit_load(2, (make_run(POOL, hashes, range(40, 44)),))
-    answers = {r.job_id: r for r in results_of(client, 2) if isinstance(r, (LoadResult, StoreResult))}
-    assert isinstance(answers[2], LoadResult) and answers[2].kinds == ("",)
+    # Pages that the held gathers do not read.
+    check_load(client, POOL, make_run(POOL, hashes, range(40, 44)), {40 + i: i for i in range(N)})
+    mover.lagging = set()
+    (result,) = results_of(client)
+    assert isinstance(result, StoreResult) and result.outcomes == ("stored",) * (room + 1)
 
 
 # ------------------------------------------------------------------------------------------------------- things fail
@@ -177,7 +178,7 @@ def test_a_device_that_fails_is_a_failed_load_and_a_lost_store(served: Served, h
     if how == "refuse":
         mover.refuse = "an error of the driver"
     else:
-        mover.failing[how] = "an error of the driver"
+        mover.failing.update({kind: "an error of the driver" for kind in mover.failing if how in kind})
     result = load(client, make_run(POOL, hashes, range(20, 20 + 2 * N), chunk_count=2))
     assert (result.good_blocks, result.kinds) == ((0,), ("io_error",))
     client.submit_store(9, (make_store(POOL, chain(N, how + "2"), range(N)),))
@@ -220,7 +221,7 @@ def test_the_slot_of_an_overdue_transfer_is_withheld_until_it_ends(served: Serve
     for number in range(8):  # the others serve on, and this one is never among them
         assert store(client, make_store(POOL, chain(N, f"{way}{number}"), range(N))) == ("stored",)
         assert load(client, make_run(POOL, hashes, range(40, 44))).kinds == ("",)
-        assert withheld.device.held and withheld.header.tobytes() == bytes(withheld.header)
+        assert withheld.device.held  # type: ignore[attr-defined]
     over.append(True)
     assert not client._slots.withheld
     check_works(client, mover, way + "again")
@@ -242,7 +243,8 @@ def test_a_read_that_hangs_is_given_up_and_never_reaches_a_page(served: Served) 
     # As long as the threads hang no others are started beside them; a job has its answer all the same.
     assert client.poll() == [] and client.mode == "down"
     assert load(client, make_run(POOL, hashes, range(20, 24))).kinds == ("io_service",)
-    assert store(client, make_store(POOL, chain(N, "down"), range(N))) == ("failed",) if client.fence() else True
+    client.submit_store(6, (make_store(POOL, chain(N, "down"), range(N)),))
+    assert results_of(client) == [StoreResult(6, ("failed",))]
     assert mover.free == len(mover.all_slots) - 2
     transport.gate.set()  # the reads end after all: their pages are another request's by now
     until(lambda: all_slots_are_free(client, mover))
@@ -259,16 +261,18 @@ def test_abandon_orders_what_still_writes_pages(served: Served) -> None:
     until(lambda: mover.scatters == 1)
     client.abandon("a test")
     assert all(ticket.ended for ticket in mover.order if ticket.kind == "scatter")  # type: ignore[attr-defined]
+    POOL.memory[:] ^= 0xFF  # the next request's
     after = POOL.memory.copy()
     assert results_of(client) == [LoadResult(61, (0,), ("io_service",))]
     mover.lagging = set()
+    until(lambda: all_slots_are_free(client, mover))
+    assert (POOL.memory == after).all()
     check_works(client, mover, "abandon2")
-    assert (after == POOL.with_copies(POOL.memory, {40 + i: 40 + i for i in range(N)})).sum() > 0
 
 
 def test_abandon_spoils_gathers_that_cannot_be_ordered(served: Served, quick: Path) -> None:
     client, mover, _ = served
-    mover.failing["gather"], mover.lagging = "no event", {"gather", "digests"}
+    mover.failing["gather"], mover.lagging = "no event", {"gather", "store digests"}
     client.submit_store(60, (make_store(POOL, chain(N, "spoil"), range(N)),))
     client.abandon("a test")
     assert results_of(client) == [StoreResult(60, ("failed",))]
@@ -305,7 +309,7 @@ def test_closing_beside_a_hung_write_is_bounded_and_leaves_its_memory(
     client.close()
     assert time.monotonic() - start < 5
     assert mover.closed and sum(slot.held for slot in mover.all_slots) == 1
-    client._tier.names("")  # still open: the transfer has its file
+    assert client._tier._root_fd >= 0, "open: the transfer has a file in it"
     transport.gate.set()
     until(lambda: client._service is not None and client._service.ended)
     assert not any(slot.held for slot in mover.all_slots)
