@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from memkv_engines.chunk.checksum import HASH_ID_XXH3_TREE, block_digest, header_digest
@@ -155,14 +155,40 @@ def build_header(
     Raises:
         IdentityError: the chain hashes are not the key's, or the payload has another size.
     """
-    if len(chain_hashes) != key.block_count or (chain_hashes[0], chain_hashes[-1]) != (key.first_hash, key.last_hash):
-        raise IdentityError(f"{len(chain_hashes)} chain hashes are not those of the key of {key.block_count} blocks")
     geometry = Geometry(key.block_count, block_bytes, block_tokens)
     if payload.nbytes != geometry.payload_bytes:
         raise IdentityError(f"payload of {payload.nbytes} B instead of {geometry.payload_bytes} B")
     stride = geometry.block_stride_bytes
+
+    def digest_of(index: int, chain_hash: bytes) -> bytes:
+        return block_digest(payload[index * stride : index * stride + block_bytes], chain_hash, index)
+
+    return header_of_digests(key, geometry, chain_hashes, first_position, digest_of)
+
+
+def header_of_digests(
+    key: ChunkKey,
+    geometry: Geometry,
+    chain_hashes: Sequence[bytes],
+    first_position: int,
+    digest_of: Callable[[int, bytes], bytes],
+) -> ChunkHeader:
+    """The header of a payload whose digests are made elsewhere, such as on a GPU; else as ``build_header``.
+
+    Args:
+        key: identity; ``key.holes`` leading blocks are absent.
+        geometry: sizes.
+        chain_hashes: chain hashes of all blocks.
+        first_position: index of the first block in its prefix.
+        digest_of: digest of a present block, by its index in the chunk and its chain hash.
+
+    Raises:
+        IdentityError: the chain hashes are not the key's.
+    """
+    if len(chain_hashes) != key.block_count or (chain_hashes[0], chain_hashes[-1]) != (key.first_hash, key.last_hash):
+        raise IdentityError(f"{len(chain_hashes)} chain hashes are not those of the key of {key.block_count} blocks")
     blocks = tuple(
-        BlockEntry(chain, block_digest(payload[i * stride : i * stride + block_bytes], chain, i), True)
+        BlockEntry(chain, digest_of(i, chain), True)
         if i >= key.holes
         else BlockEntry(chain, bytes(DIGEST_BYTES), False)
         for i, chain in enumerate(chain_hashes)
@@ -280,11 +306,18 @@ def verify_blocks(header: ChunkHeader, first: int, stop: int, payload: memoryvie
         None if every block is right, else the index of the first bad or absent one.
     """
     stride, length = header.geometry.block_stride_bytes, header.geometry.block_bytes
+
+    def digest_of(index: int, chain_hash: bytes) -> bytes:
+        start = (index - first) * stride
+        return block_digest(payload[start : start + length], chain_hash, index)
+
+    return first_bad_block(header, first, stop, digest_of)
+
+
+def first_bad_block(header: ChunkHeader, first: int, stop: int, digest_of: Callable[[int, bytes], bytes]) -> int | None:
+    """As ``verify_blocks``, for digests made elsewhere: by the block's index in the chunk and its chain hash."""
     for index in range(first, stop):
         entry = header.blocks[index]
-        start = (index - first) * stride
-        if not entry.present:
-            return index
-        if block_digest(payload[start : start + length], entry.chain_hash, index) != entry.digest:
+        if not entry.present or digest_of(index, entry.chain_hash) != entry.digest:
             return index
     return None

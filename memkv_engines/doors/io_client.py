@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from memkv_engines.chunk.layout import KVLayout, Tile, align_up
-from memkv_engines.config import Config
+from memkv_engines.config import Config, split_paths
+from memkv_engines.errors import ConfigError
 from memkv_engines.limits import GPU_DEFAULT_SLOTS, GPU_MAX_SLOTS, GPU_STAGING_BYTES
+from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_client import DeviceIoClient
+from memkv_engines.offload.direct_client import DirectIoClient, slots_needed
 from memkv_engines.offload.huge_pages import advise_huge_pages
 from memkv_engines.offload.messages import GroupSpec, Setup
-from memkv_engines.offload.moving import Mover
 from memkv_engines.offload.pinned import PinnedStaging
+from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.transports.select import GPU, Policy, TransportPlan, plan
+
+if TYPE_CHECKING:
+    from memkv_engines.gpu.mover import DeviceMover
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,8 @@ def worker_client(
     stores: bool,
     counters: Counters | None = None,
     pages: DevicePages | None = None,
-) -> IoClient | DeviceIoClient:
-    """A client that is not started yet.
+) -> IoClient | DeviceIoClient | DirectIoClient:
+    """A client that is not started yet. With pages on a device: blocks for the choice of a transport, seconds at worst.
 
     Args:
         config: ours.
@@ -48,13 +59,13 @@ def worker_client(
         pages: where the groups' tiles are in device memory; None: in host memory.
 
     Raises:
-        ConfigError: too little staging for this model.
+        ConfigError: too little staging for this model, or GPUDirect was asked for and cannot be had.
         GpuUnavailable: no driver, device or kernels.
     """
 
     def make_client(groups: Sequence[GroupSpec]) -> IoClient:
         return IoClient(
-            _setup(config, groups, stores=stores),
+            _setup(config, groups, stores=stores, on_gpu=pages is not None),
             io_process=config.io.io_process,
             load_timeout_ms=config.io.load_timeout_ms,
             fence_timeout_ms=config.io.fence_timeout_ms,
@@ -64,9 +75,21 @@ def worker_client(
     if pages is None:
         advise_huge_pages(groups)
         return make_client(groups)
+    policy = Policy(**dataclasses.asdict(config.transport))
+    chosen = plan(policy, split_paths(config.tier.path)[0], on_gpu=True, threads=config.io.io_threads)
+    log.info(
+        "KV cache on a GPU: %s, staged in %s memory (%s)", chosen.decision.kind, chosen.decision.medium, chosen.reason
+    )
+    if chosen.decision.medium == GPU:
+        try:
+            return _direct_client(config, groups, chosen, pages, stores=stores, counters=counters)
+        except ConfigError as error:
+            if policy.gds == "on" or policy.staging_medium == GPU:
+                raise
+            log.warning("%s: staging in host memory", error)
     return DeviceIoClient(
         make_client,
-        lambda staging: _device_mover(pages.device, groups, staging),
+        lambda staging: _pinned_mover(pages.device, groups, staging),
         groups,
         staging_bytes=config.io.staging_bytes,
         stream=pages.stream,
@@ -75,7 +98,50 @@ def worker_client(
     )
 
 
-def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool) -> Setup:
+def _direct_client(
+    config: Config,
+    groups: Sequence[GroupSpec],
+    chosen: TransportPlan,
+    pages: DevicePages,
+    *,
+    stores: bool,
+    counters: Counters | None,
+) -> DirectIoClient:
+    slots = _device_slots(groups, slots_needed(config.io.io_threads))
+    paths = split_paths(config.tier.path)
+    if len(paths) > 1:
+        raise ConfigError(f"path={config.tier.path!r}: GPUDirect with several directories is not supported yet")
+    tier = DirectoryTier(
+        paths[0],
+        direct_io=config.tier.direct_io,
+        capacity_bytes=config.tier.capacity_bytes,
+        read_only=not stores,
+        eviction=config.tier.eviction,
+        transport=chosen,
+    )
+    mover: DeviceMover | None = None
+    try:
+        mover = _device_mover(pages.device, groups, slots, "gpu")
+        return DirectIoClient(
+            _setup(config, groups, stores=stores, on_gpu=True),
+            tier,
+            mover,
+            slots,
+            stream=pages.stream,
+            device=pages.device,
+            io_process=config.io.io_process,
+            load_timeout_ms=config.io.load_timeout_ms,
+            fence_timeout_ms=config.io.fence_timeout_ms,
+            counters=counters,
+        )
+    except BaseException:
+        tier.close()
+        if mover is not None:
+            mover.close()
+        raise
+
+
+def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool, on_gpu: bool) -> Setup:
     return Setup(
         config.tier.path,
         config.tier.direct_io,
@@ -86,24 +152,41 @@ def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool) -> Setu
         groups=tuple(groups),
         eviction=config.tier.eviction,
         transport=config.transport.transport,
-        gds=config.transport.gds,
+        # Its I/O process moves host memory; what is asked for memory of a GPU was decided here.
+        gds="auto" if on_gpu else config.transport.gds,
         nixl_plugin=config.transport.nixl_plugin,
         staging_medium=config.transport.staging_medium,
     )
 
 
-def _device_mover(device: int, groups: Sequence[GroupSpec], staging: PinnedStaging) -> Mover:
+def _pinned_mover(device: int, groups: Sequence[GroupSpec], staging: PinnedStaging) -> DeviceMover:
+    mover = _device_mover(device, groups, _device_slots(groups, GPU_DEFAULT_SLOTS), "host")
+    try:
+        mover.register_host(staging.address, staging.size_bytes)
+    except BaseException:
+        mover.close()
+        raise
+    return mover
+
+
+def _slot_bytes(groups: Sequence[GroupSpec]) -> int:
+    return max(g.blocks_per_chunk * align_up(g.block_bytes) for g in groups)
+
+
+def _device_slots(groups: Sequence[GroupSpec], least: int) -> int:
+    """How many device slots: what the bound on device memory allows, but not fewer than the path needs."""
+    return min(max(GPU_STAGING_BYTES // _slot_bytes(groups), least, GPU_DEFAULT_SLOTS), GPU_MAX_SLOTS)
+
+
+def _device_mover(device: int, groups: Sequence[GroupSpec], slots: int, medium: Literal["host", "gpu"]) -> DeviceMover:
     # Only here, so that an engine without a GPU needs nothing of it.
     from memkv_engines.gpu.mover import DeviceMover
 
-    slot_bytes = max(g.blocks_per_chunk * align_up(g.block_bytes) for g in groups)
-    slots = min(max(GPU_STAGING_BYTES // slot_bytes, GPU_DEFAULT_SLOTS), GPU_MAX_SLOTS)
-    mover = DeviceMover(device, slot_bytes=slot_bytes, slots=slots)
+    mover = DeviceMover(device, slot_bytes=_slot_bytes(groups), slots=slots, medium=medium)
     try:
         for group in groups:
             tiles = [Tile(t.base, t.block_stride_bytes, t.length_bytes) for t in group.tiles]
             mover.add_group(group.group, KVLayout.plan(group.num_blocks, tiles))
-        mover.register_host(staging.address, staging.size_bytes)
     except BaseException:
         mover.close()
         raise

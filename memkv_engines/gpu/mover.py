@@ -337,10 +337,8 @@ class DeviceMover:
     def close(self, timeout_s: float = GPU_DRAIN_TIMEOUT_S) -> bool:
         """Drain and free everything; may be called again. Blocking.
 
-        What does not drain is leaked on purpose and logged: memory that a late copy may still reach is not given back.
-
         Returns:
-            Whether nothing was left; if not, the shared region must stay mapped until the process ends.
+            Whether all is given back. What a late copy may still reach is not, on purpose, and must stay mapped.
         """
         with self._lock:
             if self._closed:

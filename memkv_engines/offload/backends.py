@@ -34,6 +34,9 @@ class Backend(Protocol):
     def send(self, message: Request) -> None:
         """Hand a message over without blocking."""
 
+    def fence(self) -> None:
+        """Gathers are about to be waited for. Does not block."""
+
     def receive(self) -> list[Reply]:
         """Replies that have arrived; raises ``IoServiceError`` when the service is gone."""
 
@@ -87,6 +90,9 @@ class ProcessBackend:
     def send(self, message: Request) -> None:
         self._end.send(encode(message))
 
+    def fence(self) -> None:
+        pass  # It gathers as fast as it can.
+
     def receive(self) -> list[Reply]:
         return [decode_reply(data) for data in self._end.receive()]
 
@@ -123,6 +129,9 @@ class ThreadBackend:
 
     def send(self, message: Request) -> None:
         self._service.submit(message)
+
+    def fence(self) -> None:
+        pass  # It gathers as fast as it can.
 
     def receive(self) -> list[Reply]:
         return [self._replies.popleft() for _ in range(len(self._replies))]

@@ -88,6 +88,7 @@ class IoClient:
         fence_timeout_ms: longest wait for gathers.
         store_silence_s: a service that has stores and answers none for so long is ended, once no load is pending.
         counters: where to count.
+        make_backend: makes the service itself, in place of ``io_process``; may be called again after a loss.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class IoClient:
         fence_timeout_ms: int = 2_000,
         store_silence_s: float = STORE_SILENCE_S,
         counters: Counters | None = None,
+        make_backend: Callable[[Setup], Backend] | None = None,
     ) -> None:
         self._setup = setup
+        self._make_backend = make_backend
         self._io_process = io_process
         self._load_timeout_s = load_timeout_ms / 1000
         self._fence_timeout_s = fence_timeout_ms / 1000
@@ -109,7 +112,7 @@ class IoClient:
         self.counters = counters or Counters()
         self.ready = Ready()
         self._backend: Backend | None = None
-        self._starting: ProcessBackend | None = None
+        self._starting: Backend | None = None
         self._loads: dict[int, _Pending] = {}
         self._stores: dict[int, _Pending] = {}
         self._probes: set[int] = set()
@@ -132,6 +135,9 @@ class IoClient:
             ConfigError: the tier or the transport cannot be used; nothing to do with the child process.
             IoServiceError: the service does not start in the mode asked for.
         """
+        if self._make_backend is not None:
+            self._backend = self._started(self._make_backend)
+            return
         if self._io_process != "off":
             try:
                 self._backend = self._started(ProcessBackend)
@@ -246,6 +252,9 @@ class IoClient:
             return True
         start = time.perf_counter()
         deadline = time.monotonic() + self._fence_timeout_s
+        if self._backend is not None:
+            self._backend.fence()
+            self._receive()
         while not all(p.gathered for p in self._stores.values()):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -409,17 +418,22 @@ class IoClient:
     def _try_restart(self, now: float) -> None:
         """Bring a lost child process back without blocking: spawn it, then look for its greeting at later polls.
 
-        Threads are not started again: one that hangs cannot be ended, and another would hang beside it.
+        Threads are not started again: one that hangs cannot be ended, and another would hang beside it. A backend that
+        was given sees to that itself.
         """
         if self._starting is not None:
             self._await_restart(now)
-        elif self._io_process != "off" and still_dying() < MAX_DYING_SERVICES and self._breaker.admits():
+        elif self._restartable and still_dying() < MAX_DYING_SERVICES and self._breaker.admits():
             self.counters.add("io_service_restarts")
             self._start_deadline = now + SERVICE_START_TIMEOUT_S
             try:
-                self._starting = ProcessBackend(self._setup)
+                self._starting = (self._make_backend or ProcessBackend)(self._setup)
             except (MemKVError, OSError) as error:
                 self._give_up_restart(str(error))
+
+    @property
+    def _restartable(self) -> bool:
+        return self._make_backend is not None or self._io_process != "off"
 
     def _await_restart(self, now: float) -> None:
         backend = self._starting

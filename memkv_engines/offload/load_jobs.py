@@ -12,14 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from memkv_engines.errors import IoServiceError, MemKVError
 from memkv_engines.log import get_logger
-from memkv_engines.offload.groups import Group
 from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome, expand_run
 from memkv_engines.offload.messages import Load, LoadDone
-from memkv_engines.offload.pages import Pages
-from memkv_engines.offload.staging import Slot, StagingPool
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
 from memkv_engines.tier.base import Tier
 
@@ -78,31 +76,40 @@ class _Item:
         return self.job.runs[self.run][self.index]
 
 
+class Staging(Protocol):
+    """Slots of staging memory, of whatever kind ``make_load`` takes."""
+
+    def acquire(self) -> Any:
+        """A free slot; blocks until there is one."""
+
+    def release(self, slot: Any, why: BaseException | None = None) -> None:
+        """Give it back, with what its use ended with."""
+
+
 class LoadJobs:
     """Executes load jobs.
 
     Args:
-        groups: the KV groups by number.
         tier: where chunks live.
-        pages: where blocks go.
         staging: slots; more than ``readers``, or placing holds reading up.
+        make_load: makes the load of one chunk through a slot.
         readers: threads that read.
-        placers: threads that verify and scatter.
+        placers: threads that verify and scatter; 0 where that is no work for a core: then the readers do it.
         reply: called from any of them with each answer; must be thread-safe.
     """
 
     def __init__(
         self,
-        groups: dict[int, Group],
         tier: Tier,
-        pages: Pages,
-        staging: StagingPool,
+        staging: Staging,
+        make_load: Callable[[LoadChunk, Any], ChunkLoad],
         *,
         readers: int,
         placers: int,
         reply: Callable[[LoadDone], None],
     ) -> None:
-        self._groups, self._tier, self._pages, self._staging, self._reply = groups, tier, pages, staging, reply
+        self._tier, self._staging, self._make_load, self._reply = tier, staging, make_load, reply
+        self._readers_place = not placers
         self._wanted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._pending = 0
@@ -121,6 +128,11 @@ class LoadJobs:
         """Finish what was submitted and end the threads; gives up waiting at the deadline (monotonic clock)."""
         for stage in self._stages:
             stage.stop(deadline)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every thread has ended."""
+        return all(stage.ended for stage in self._stages)
 
     def wait_idle(self, timeout_s: float) -> None:
         """Block until no load is pending or the time is up."""
@@ -154,15 +166,21 @@ class LoadJobs:
         if item.job.is_pointless(item.run, item.index):
             self._settle(item, LoadOutcome(0, "skipped", 0))
             return
-        slot = self._staging.acquire()
+        slot = None
         try:
-            load = ChunkLoad(item.chunk, self._groups[item.chunk.group], self._tier, self._pages, slot)
+            slot = self._staging.acquire()
+            load = self._make_load(item.chunk, slot)
             load.read()
         except JOB_ERRORS as error:
-            self._staging.release(slot, error)
+            if slot is not None:
+                self._staging.release(slot, error)
             self._settle(item, _failed(error))
             return
-        self._arrived.put(_Item(item.job, item.run, item.index, load))
+        arrived = _Item(item.job, item.run, item.index, load)
+        if self._readers_place:
+            self._place(arrived)
+        else:
+            self._arrived.put(arrived)
 
     def _place(self, item: _Item) -> None:
         load = item.load
@@ -183,12 +201,12 @@ class LoadJobs:
             self._staging.release(load.slot, failure)
         self._settle(item, outcome)
 
-    def _read_again(self, item: _Item, slot: Slot, first: LoadOutcome) -> LoadOutcome:
+    def _read_again(self, item: _Item, slot: Any, first: LoadOutcome) -> LoadOutcome:
         """A chunk that was not right, once more: memory, bus and network err too, and others may have use for it.
 
         One that is wrong again is removed.
         """
-        load = ChunkLoad(item.chunk, self._groups[item.chunk.group], self._tier, self._pages, slot)
+        load = self._make_load(item.chunk, slot)
         load.read()
         outcome = load.finish()
         if outcome.kind in REMOVABLE_KINDS:

@@ -1,8 +1,14 @@
-"""One chunk from the tier into pages, in two steps: read (the device works), then verify and scatter (a core works)."""
+"""One chunk from the tier into pages, in two steps: read (the drive works), then verify and scatter.
+
+``ChunkLoad`` has what does not depend on where the chunk is staged; ``HostLoad`` stages in host memory, verifies there
+and scatters into pages of the host. ``direct_loads`` does it in device memory.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +22,7 @@ from memkv_engines.offload.messages import LoadRun, split_hashes
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.staging import Slot
 from memkv_engines.tier.base import ChunkReader, Tier
+from memkv_engines.transports.base import View
 
 REMOVABLE_KINDS = frozenset({"truncated", "damaged", "foreign"})
 
@@ -83,19 +90,18 @@ class LoadOutcome:
     reread: bool = False
 
 
-class ChunkLoad:
+class ChunkLoad(ABC):
     """Loads one chunk: ``read`` once, then ``finish`` once, maybe on another thread.
 
     Args:
         chunk: what to load and where to.
         group: geometry of its KV group in this worker.
         tier: where from.
-        pages: where to.
-        slot: staging memory.
+        slot: staging memory, whose kind the subclass knows.
     """
 
-    def __init__(self, chunk: LoadChunk, group: Group, tier: Tier, pages: Pages, slot: Slot) -> None:
-        self._chunk, self._group, self._tier, self._pages, self.slot = chunk, group, tier, pages, slot
+    def __init__(self, chunk: LoadChunk, group: Group, tier: Tier, slot: Any) -> None:
+        self._chunk, self._group, self._tier, self.slot = chunk, group, tier, slot
         self._hashes = chunk.hashes
         self._take = len(chunk.block_ids)
         self._stop = chunk.take_first + self._take
@@ -167,37 +173,88 @@ class ChunkLoad:
 
     def _read_piece(self, reader: ChunkReader) -> None:
         """The next blocks into the slot, behind the header; the header too if it is the first piece."""
-        g, view = self._geometry, self.slot.view
-        room = (view.nbytes - g.header_bytes) // g.block_stride_bytes
+        g, room = self._geometry, self._room_bytes() // self._geometry.block_stride_bytes
         if room < 1:
             raise IoServiceError("a block larger than a staging slot")
         first = self._piece_stop
         stop = min(first + room, self._stop)
-        payload_end = g.header_bytes + (stop - first) * g.block_stride_bytes
         with_header = not self._read_bytes
         if with_header and first == 0:
-            reader.read([view[:payload_end]], 0)
+            reader.read(self._views(stop, header=True), 0)
         else:
             if with_header:
-                reader.read([view[: g.header_bytes]], 0)
-            reader.read([view[g.header_bytes : payload_end]], g.block_offset(first))
-        self._read_bytes += payload_end - (0 if with_header else g.header_bytes)
+                reader.read(self._views(0, header=True), 0)
+            reader.read(self._views(stop - first, header=False), g.block_offset(first))
+        self._read_bytes += (stop - first) * g.block_stride_bytes + (g.header_bytes if with_header else 0)
         self._piece_first, self._piece_stop = first, stop
 
     def _place_piece(self) -> str:
         """Verify and scatter the piece in the slot. Returns what is wrong with it, empty for nothing."""
-        g, layout = self._geometry, self._group.layout
         first, stop = self._piece_first, self._piece_stop
         if self._header is None:
-            self._header = decode_header(self.slot.view[: g.header_bytes])
-            check_header(self._header, self._chunk.namespace, self.name, g, self._hashes[: self._stop])
-        payload = self.slot.view[g.header_bytes : g.header_bytes + (stop - first) * g.block_stride_bytes]
-        bad = verify_blocks(self._header, first, stop, payload)
+            self._header = decode_header(self._header_view())
+            check_header(self._header, self._chunk.namespace, self.name, self._geometry, self._hashes[: self._stop])
+        bad = self._first_bad(self._header, first, stop)
         good = (stop if bad is None else bad) - first
         if good:
-            part = layout.iovecs(self._chunk.block_ids[self._good : self._good + good])
-            address = self.slot.address + g.header_bytes
-            self._pages.scatter(part, len(layout.tiles), address, g.block_bytes, g.block_stride_bytes)
+            self._scatter(self._chunk.block_ids[self._good : self._good + good])
         self._good += good
         self._piece_first = stop
         return "" if bad is None else ChunkDamaged.kind
+
+    # --- where it is staged ----------------------------------------------------
+
+    @abstractmethod
+    def _room_bytes(self) -> int:
+        """Room for blocks."""
+
+    @abstractmethod
+    def _header_view(self) -> memoryview:
+        """Where the header is read to."""
+
+    @abstractmethod
+    def _views(self, blocks: int, *, header: bool) -> list[View]:
+        """Where to read some blocks that follow each other, and the header before them; both from their start on."""
+
+    @abstractmethod
+    def _first_bad(self, header: ChunkHeader, first: int, stop: int) -> int | None:
+        """Verify the staged blocks, which are [first, stop) of the chunk; as ``verify_blocks``."""
+
+    @abstractmethod
+    def _scatter(self, block_ids: npt.NDArray[np.int32]) -> None:
+        """Copy the first staged blocks into these pages."""
+
+
+class HostLoad(ChunkLoad):
+    """Loads one chunk through host memory: its header, and behind it the blocks.
+
+    Args:
+        chunk, group, tier: as for ``ChunkLoad``.
+        pages: where to.
+        slot: staging memory.
+    """
+
+    def __init__(self, chunk: LoadChunk, group: Group, tier: Tier, pages: Pages, slot: Slot) -> None:
+        super().__init__(chunk, group, tier, slot)
+        self._pages, self._view, self._address = pages, slot.view, slot.address
+
+    def _room_bytes(self) -> int:
+        return self._view.nbytes - self._geometry.header_bytes
+
+    def _header_view(self) -> memoryview:
+        return self._view[: self._geometry.header_bytes]
+
+    def _views(self, blocks: int, *, header: bool) -> list[View]:
+        g = self._geometry
+        start = 0 if header else g.header_bytes
+        return [self._view[start : g.header_bytes + blocks * g.block_stride_bytes]]
+
+    def _first_bad(self, header: ChunkHeader, first: int, stop: int) -> int | None:
+        (payload,) = self._views(stop - first, header=False)
+        assert isinstance(payload, memoryview)
+        return verify_blocks(header, first, stop, payload)
+
+    def _scatter(self, block_ids: npt.NDArray[np.int32]) -> None:
+        g, layout = self._geometry, self._group.layout
+        address = self._address + g.header_bytes
+        self._pages.scatter(layout.iovecs(block_ids), len(layout.tiles), address, g.block_bytes, g.block_stride_bytes)

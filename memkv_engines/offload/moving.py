@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
@@ -45,6 +45,60 @@ class Mover(Protocol):
 
     def close(self) -> bool:
         """Drain and end; False where work is left that may still touch the staging."""
+
+
+class DigestTicket(Ticket, Protocol):
+    """Digests of blocks in a device slot; see ``gpu.tickets.DigestTicket``."""
+
+    def leaf_bytes(self, block: int) -> bytes:
+        """The leaves of one block, once done."""
+
+
+class DeviceSlot(Protocol):
+    """A slot of device memory; see ``gpu.staging.DeviceSlot``."""
+
+    @property
+    def address(self) -> int:
+        """Device address, a multiple of 4 KiB."""
+
+    @property
+    def size_bytes(self) -> int:
+        """How much it holds."""
+
+
+class SlotMover(Protocol):
+    """Moves blocks between pages and device slots; see ``gpu.mover.DeviceMover``."""
+
+    def acquire_slot(self) -> Any:
+        """A device slot that no work touches, or None."""
+
+    def release_slot(self, slot: Any) -> None:
+        """Give it back; reused when the work of its tickets has ended."""
+
+    def gather_to_device(
+        self,
+        group: int,
+        block_ids: npt.ArrayLike,
+        slot: Any,
+        offset_bytes: int,
+        *,
+        after_stream: int,
+        holes: int = 0,
+    ) -> Ticket:
+        """Pages to slot."""
+
+    def scatter_from_device(
+        self, group: int, slot: Any, offset_bytes: int, block_ids: npt.ArrayLike, *, after_stream: int
+    ) -> Ticket:
+        """Slot to pages."""
+
+    def leaf_digests(
+        self, group: int, slot: Any, offset_bytes: int, block_count: int, *, loading: bool
+    ) -> DigestTicket:
+        """Digest blocks in a slot."""
+
+    def close(self) -> bool:
+        """Drain and end; device memory of slots that are held is left allocated: False then."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from memkv_engines.limits import MAX_STAGING_SLOTS, MIN_STAGING_SLOTS
 from memkv_engines.log import get_logger
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.load_jobs import LoadJobs
+from memkv_engines.offload.loading import HostLoad
 from memkv_engines.offload.messages import Load, Manifest, Probe, ProbeDone, Reply, Request, Setup, Store
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.probing import ChainWalk
@@ -75,7 +76,12 @@ class IoService:
         for pool in self._staging:
             self._tier.register_memory(pool.address, pool.nbytes)
         self._loads = LoadJobs(
-            groups, self._tier, pages, load_staging, readers=readers, placers=_PLACERS, reply=self._reply
+            self._tier,
+            load_staging,
+            lambda chunk, slot: HostLoad(chunk, groups[chunk.group], self._tier, pages, slot),
+            readers=readers,
+            placers=_PLACERS,
+            reply=self._reply,
         )
         self._stores = StoreJobs(
             groups,

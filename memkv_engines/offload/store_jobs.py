@@ -16,7 +16,7 @@ from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import Gathered, Store, StoreDone
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.staging import StagingPool
-from memkv_engines.offload.storing import ChunkStore
+from memkv_engines.offload.storing import HostStore
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
 from memkv_engines.tier.base import Tier
 
@@ -43,7 +43,7 @@ class _Item:
 
     job: _Job
     index: int
-    store: ChunkStore
+    store: HostStore
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ class StoreJobs:
         if dropped or not ready:
             self._account(job, dropped)
 
-    def _gather_one(self, job: _Job, index: int) -> ChunkStore | None:
+    def _gather_one(self, job: _Job, index: int) -> HostStore | None:
         chunk = job.message.chunks[index]
         slot = self._staging.try_acquire()
         if slot is None:
             return None
         try:
-            store = ChunkStore(chunk, self._groups[chunk.group], slot)
+            store = HostStore(chunk, self._groups[chunk.group], slot)
             store.gather(self._pages)
             return store
         except JOB_ERRORS as error:

@@ -1,6 +1,12 @@
-"""One chunk from pages to the tier: gather (the engine waits), digest (a core works), write (the device works)."""
+"""One chunk from pages to the tier: gather (the engine waits), digest (a core works), write (the drive works).
+
+``ChunkStore`` is what does not depend on where the chunk is staged; ``HostStore`` stages in host memory, and
+``direct_stores`` in device memory.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from memkv_engines.chunk.codec import Geometry, build_header
 from memkv_engines.errors import IoServiceError, TierError, TierFull, TransferOverdue, TransportError
@@ -10,19 +16,22 @@ from memkv_engines.offload.messages import StoreChunk, split_hashes
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.staging import Slot
 from memkv_engines.tier.base import Tier
+from memkv_engines.transports.base import View
 
 
 class ChunkStore:
-    """Stores one chunk: ``gather``, ``digest`` and ``write``, once each, maybe on different threads.
+    """What a store makes of its chunk: key, name and geometry; and how it publishes it.
 
     Args:
         chunk: what to store and from where.
         group: geometry of its KV group in this worker.
-        slot: staging memory, owned until ``write`` returns.
+
+    Raises:
+        IoServiceError: the chunk contradicts itself.
     """
 
-    def __init__(self, chunk: StoreChunk, group: Group, slot: Slot) -> None:
-        self._chunk, self._group, self.slot = chunk, group, slot
+    def __init__(self, chunk: StoreChunk, group: Group) -> None:
+        self._chunk, self._group = chunk, group
         self._hashes = split_hashes(chunk.hashes)
         if not chunk.block_ids or len(self._hashes) != chunk.holes + len(chunk.block_ids):
             raise IoServiceError("a store needs blocks, and one hash for each")
@@ -39,13 +48,50 @@ class ChunkStore:
         )
         self._geometry = Geometry(len(self._hashes), group.block_bytes, group.block_tokens)
         self._folder, self._name = namespace_folder(chunk.namespace), self._key.name
-        if self._geometry.object_bytes > slot.view.nbytes:
-            raise IoServiceError("a store larger than a staging slot")
 
     @property
     def payload_bytes(self) -> int:
         """Payload bytes that a write submits."""
         return self._geometry.payload_bytes
+
+    def is_needed(self, tier: Tier) -> bool:
+        """Whether the tier lacks the chunk, or is to get it anew."""
+        return self._chunk.replace or not tier.exists(self._folder, [self._name])[0]
+
+    def publish(self, tier: Tier, views: Sequence[View]) -> tuple[str, int]:
+        """Put header and payload. Blocking; raises nothing else for trouble with the tier.
+
+        Returns:
+            The outcome (``stored | present | full | failed``) and the bytes submitted to the device.
+
+        Raises:
+            TransferOverdue: the device may still read the views.
+        """
+        try:
+            result = tier.put(self._folder, self._name, views, replace=self._chunk.replace)
+        except TransferOverdue:
+            raise
+        except TierFull:
+            return "full", 0
+        except (TierError, TransportError):
+            return "failed", 0
+        return ("present" if result.already_present else "stored"), result.written_bytes
+
+
+class HostStore(ChunkStore):
+    """Stores one chunk: ``gather``, ``digest`` and ``write``, once each, maybe on different threads.
+
+    Args:
+        chunk: what to store and from where.
+        group: geometry of its KV group in this worker.
+        slot: staging memory, owned until ``write`` returns.
+    """
+
+    def __init__(self, chunk: StoreChunk, group: Group, slot: Slot) -> None:
+        super().__init__(chunk, group)
+        self.slot = slot
+        if self._geometry.object_bytes > slot.view.nbytes:
+            raise IoServiceError("a store larger than a staging slot")
 
     def gather(self, pages: Pages) -> None:
         """Copy the pages into staging. What the slot held before never reaches the tier.
@@ -78,7 +124,7 @@ class ChunkStore:
             Whether there is something to write.
         """
         g = self._geometry
-        if not self._chunk.replace and tier.exists(self._folder, [self._name])[0]:
+        if not self.is_needed(tier):
             return False
         header = build_header(
             self._key,
@@ -92,21 +138,5 @@ class ChunkStore:
         return True
 
     def write(self, tier: Tier) -> tuple[str, int]:
-        """Publish. Blocking; raises nothing else for trouble with the tier.
-
-        Returns:
-            The outcome (``stored | present | full | failed``) and the bytes submitted to the device.
-
-        Raises:
-            TransferOverdue: the device may still read from the slot.
-        """
-        view = self.slot.view[: self._geometry.object_bytes]
-        try:
-            result = tier.put(self._folder, self._name, [view], replace=self._chunk.replace)
-        except TransferOverdue:
-            raise
-        except TierFull:
-            return "full", 0
-        except (TierError, TransportError):
-            return "failed", 0
-        return ("present" if result.already_present else "stored"), result.written_bytes
+        """As ``publish``, out of the slot."""
+        return self.publish(tier, [self.slot.view[: self._geometry.object_bytes]])

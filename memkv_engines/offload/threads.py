@@ -47,6 +47,11 @@ class ThreadGroup(Generic[Item]):
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    @property
+    def ended(self) -> bool:
+        """Whether all have ended."""
+        return not any(thread.is_alive() for thread in self._threads)
+
     def _run(self) -> None:
         while (item := self._items.get()) is not None:
             self._work(item)

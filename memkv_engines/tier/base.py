@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from memkv_engines.keys import ChunkName, Namespace
+from memkv_engines.transports.base import View
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ChunkReader(AbstractContextManager["ChunkReader"]):
     object_bytes: int
 
     @abstractmethod
-    def read(self, views: Sequence[memoryview], offset: int) -> None:
+    def read(self, views: Sequence[View], offset: int) -> None:
         """Fill the views from ``offset`` on; errors as in ``Transport.read``."""
 
     @abstractmethod
@@ -44,13 +45,15 @@ class Tier(ABC):
     Attributes:
         name: tier and transport, e.g. ``directory(posix/direct)``.
         align_bytes: alignment that views, offsets and lengths need.
+        moves_device_memory: whether views may be ``DeviceView``.
     """
 
     name: str
     align_bytes: int = 1
+    moves_device_memory: bool = False
 
     @abstractmethod
-    def put(self, folder: str, name: ChunkName, views: Sequence[memoryview], *, replace: bool = False) -> PutResult:
+    def put(self, folder: str, name: ChunkName, views: Sequence[View], *, replace: bool = False) -> PutResult:
         """Store an object whole; it appears at once or not at all.
 
         Args:

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from memkv_engines.errors import (
     ChunkForeign,
@@ -43,8 +43,8 @@ from memkv_engines.tier.quotas import TenantAccounts
 from memkv_engines.tier.records import MANIFEST, READ_FLAGS, owned_by_us, temporary_name, write_record
 from memkv_engines.tier.upkeep import Upkeep, needs_listing
 from memkv_engines.tier.usage import NAME, UsageFile
-from memkv_engines.transports.base import FileTransport
-from memkv_engines.transports.files import attach
+from memkv_engines.transports.base import FileTransport, View
+from memkv_engines.transports.files import attach, prove
 from memkv_engines.transports.posix import BUFFERED, DIRECT, ModeReport, PosixTransport, probe_modes
 from memkv_engines.transports.select import TransportPlan
 
@@ -58,8 +58,8 @@ class _FileReader(ChunkReader):
         self._transport, self._handle = transport, handle
         self.object_bytes = object_bytes
 
-    def read(self, views: Sequence[memoryview], offset: int) -> None:
-        self._transport.read(self._handle, views, offset)
+    def read(self, views: Sequence[View], offset: int) -> None:
+        self._transport.read(self._handle, cast("Sequence[memoryview]", views), offset)
 
     def close(self) -> None:
         handle, self._handle = self._handle, None
@@ -113,6 +113,7 @@ class DirectoryTier(Tier):
         self._upkeep = Upkeep(self._root_fd, self._usage, self._accounts, capacity_bytes, eviction)
         self.name = f"directory({self._transport.name})"
         self.align_bytes = self._transport.align_bytes
+        self.moves_device_memory = self._transport.moves_device_memory
         self._lock = threading.Lock()
         self._buckets: OrderedDict[tuple[str, str], Folder] = OrderedDict()
         self._written_bytes = 0
@@ -121,7 +122,7 @@ class DirectoryTier(Tier):
 
     # --- writing -------------------------------------------------------------
 
-    def put(self, folder: str, name: ChunkName, views: Sequence[memoryview], *, replace: bool = False) -> PutResult:
+    def put(self, folder: str, name: ChunkName, views: Sequence[View], *, replace: bool = False) -> PutResult:
         if self._read_only:
             raise TierUnavailable("the tier is read-only")
         if not replace and self.exists(folder, [name])[0]:
@@ -182,7 +183,7 @@ class DirectoryTier(Tier):
             return 0
         return info.st_size if stat.S_ISREG(info.st_mode) else 0
 
-    def _publish(self, folder: str, name: ChunkName, views: Sequence[memoryview]) -> int:
+    def _publish(self, folder: str, name: ChunkName, views: Sequence[View]) -> int:
         temporary = temporary_name()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | self._transport.open_flags
         try:
@@ -193,7 +194,7 @@ class DirectoryTier(Tier):
         try:
             handle = attach(self._transport, fd, writable=True)
             try:
-                written = self._transport.write(handle, views, 0)
+                written = self._transport.write(handle, cast("Sequence[memoryview]", views), 0)
             finally:
                 self._transport.detach(handle)
             os.rename(temporary, name.text, src_dir_fd=bucket_fd, dst_dir_fd=bucket_fd)
@@ -349,6 +350,11 @@ class DirectoryTier(Tier):
     def evict(self, *, recount: bool = False) -> int:
         """As ``Upkeep.evict``; nothing where the tier is read-only."""
         return 0 if self._read_only else self._upkeep.evict(recount=recount)
+
+    def prove(self, views: Sequence[View]) -> None:
+        """Move bytes of this kind of memory into a scratch file and back, as ``files.prove``; not if read-only."""
+        if not self._read_only:
+            prove(self._transport, self._root_fd, views)
 
     def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
         self._transport.register(address, length_bytes, device=device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 from memkv_engines.errors import ChunkMissing, TierFull
 from memkv_engines.keys import ChunkName, Namespace
 from memkv_engines.limits import MAX_VARIANTS_EXAMINED
 from memkv_engines.tier.base import ChunkReader, PutResult, Tier
+from memkv_engines.transports.base import View
 from memkv_engines.transports.memory import MemoryTransport
 
 
@@ -17,8 +19,8 @@ class _MemoryReader(ChunkReader):
         self._transport, self._data = transport, data
         self.object_bytes = len(data)
 
-    def read(self, views: Sequence[memoryview], offset: int) -> None:
-        self._transport.read(self._data, views, offset)
+    def read(self, views: Sequence[View], offset: int) -> None:
+        self._transport.read(self._data, cast("Sequence[memoryview]", views), offset)
 
     def close(self) -> None:
         pass
@@ -39,7 +41,7 @@ class MemoryTier(Tier):
         self._objects: dict[tuple[str, ChunkName], bytearray] = {}
         self.manifests: dict[str, bytes] = {}
 
-    def put(self, folder: str, name: ChunkName, views: Sequence[memoryview], *, replace: bool = False) -> PutResult:
+    def put(self, folder: str, name: ChunkName, views: Sequence[View], *, replace: bool = False) -> PutResult:
         with self._lock:
             if not replace and (folder, name) in self._objects:
                 return PutResult(0, True)
@@ -48,7 +50,7 @@ class MemoryTier(Tier):
             if self._capacity_bytes and held + sum(v.nbytes for v in views) > self._capacity_bytes:
                 raise TierFull(f"capacity of {self._capacity_bytes} B reached")
             data = bytearray()
-            written = self._transport.write(data, views, 0)
+            written = self._transport.write(data, cast("Sequence[memoryview]", views), 0)
             # Insert last: dictionaries keep order, and newest must come first in variants().
             self._objects.pop((folder, name), None)
             self._objects[(folder, name)] = data

@@ -38,6 +38,7 @@ from memkv_engines.tier.directory import DirectoryTier
 from memkv_engines.tier.eviction import SEGMENTED_LRU
 from memkv_engines.tier.folders import unlink_quietly
 from memkv_engines.tier.records import read_record, temporary_name, write_record
+from memkv_engines.transports.base import View
 from memkv_engines.transports.posix import ModeReport
 from memkv_engines.transports.select import TransportPlan
 
@@ -101,7 +102,7 @@ class StripedTier(Tier):
         """The directories that take stores, each of which wants a keeper."""
         return [drive.tier for drive in self._drives if drive.takes_stores]
 
-    def put(self, folder: str, name: ChunkName, views: Sequence[memoryview], *, replace: bool = False) -> PutResult:
+    def put(self, folder: str, name: ChunkName, views: Sequence[View], *, replace: bool = False) -> PutResult:
         if not replace and self.exists(folder, [name])[0]:
             return PutResult(0, True)
         failure: MemKVError | None = None

@@ -11,15 +11,21 @@ import pytest
 
 from memkv_engines.cli import main
 from tests.fast.cli_tier_samples import Directory, Run, filled
-from tests.fast.io_samples import quick_folder, setup_for, started, started_device
+from tests.fast.direct_samples import started_direct
+from tests.fast.io_samples import JobClient, quick_folder, setup_for, started, started_device
 from tests.fast.service_samples import POOLS, Service
 
 
-@pytest.fixture(scope="module", params=["on", "off", "device"])
+@pytest.fixture(scope="module", params=["on", "off", "device", "direct"])
 def service(request: pytest.FixtureRequest) -> Iterator[Service]:
     with quick_folder() as root:
         setup = setup_for(root, list(POOLS.values()))
-        client = started_device(setup)[0] if request.param == "device" else started(setup, request.param)
+        if request.param == "device":
+            client: JobClient = started_device(setup)[0]
+        elif request.param == "direct":
+            client = started_direct(setup)[0]
+        else:
+            client = started(setup, request.param)
         yield Service(client, root, request.param)
         client.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import numpy.typing as npt
 
 from memkv_engines.chunk.layout import KVLayout, Tile, align_up
@@ -61,12 +62,12 @@ class LateMover:
         fail: a message makes every ticket fail with it, after its work.
     """
 
-    def __init__(self, groups: Sequence[GroupSpec], staging: PinnedStaging) -> None:
+    def __init__(self, groups: Sequence[GroupSpec], staging: PinnedStaging | None) -> None:
         self._layouts = {
             g.group: KVLayout.plan(g.num_blocks, [Tile(t.base, t.block_stride_bytes, t.length_bytes) for t in g.tiles])
             for g in groups
         }
-        self._region = range(staging.address, staging.address + staging.size_bytes)
+        self._region = range(staging.address, staging.address + staging.size_bytes) if staging else range(0)
         self._tickets: list[LateTicket] = []
         self.slots, self.looks = 3, 3
         self.refuse = self.fail = ""
@@ -88,6 +89,24 @@ class LateMover:
         self.closed = True
         return True
 
+    def copy(
+        self, group: int, block_ids: npt.ArrayLike, address: int, *, to_staging: bool, holes: int = 0
+    ) -> Callable[[], None]:
+        """What moves blocks between pages and staging at an address, holes and padding zeroed as on a device."""
+        layout, ids = self._layouts[group], np.array(block_ids, dtype=np.int32)
+        stride = align_up(layout.block_bytes)
+
+        def copy() -> None:
+            if to_staging:
+                ctypes.memset(address, 0, (holes + len(ids)) * stride)
+            for index, pieces in enumerate(layout.iovecs(ids).reshape(len(ids), -1, 2).tolist(), start=holes):
+                cursor = address + index * stride
+                for page, length in pieces:
+                    ctypes.memmove(*((cursor, page) if to_staging else (page, cursor)), length)
+                    cursor += length
+
+        return copy
+
     def _queue(
         self, group: int, block_ids: npt.ArrayLike, address: int, stream: int, *, to_staging: bool
     ) -> LateTicket | None:
@@ -99,17 +118,10 @@ class LateMover:
             # A device goes on by itself: the oldest work ends, for whoever comes next.
             self._tickets[0].run()
             return None
-        layout = self._layouts[group]
+        layout, blocks = self._layouts[group], len(np.asarray(block_ids))
         ids = check_ids(block_ids, layout.num_blocks, distinct=not to_staging)
-        stride = align_up(layout.block_bytes)
-        assert address in self._region and address + (len(ids) - 1) * stride + layout.block_bytes <= self._region.stop
-
-        def copy() -> None:
-            for index, pieces in enumerate(layout.iovecs(ids).reshape(len(ids), -1, 2).tolist()):
-                cursor = address + index * stride
-                for page, length in pieces:
-                    ctypes.memmove(*((cursor, page) if to_staging else (page, cursor)), length)
-                    cursor += length
-
-        self._tickets.append(LateTicket(copy, self.looks, self.fail))
+        end = address + (blocks - 1) * align_up(layout.block_bytes) + layout.block_bytes
+        assert address in self._region and end <= self._region.stop
+        work = self.copy(group, ids, address, to_staging=to_staging)
+        self._tickets.append(LateTicket(work, self.looks, self.fail))
         return self._tickets[-1]

@@ -44,7 +44,7 @@ class Service:
 
     def check_alive(self, pid: int | None) -> None:
         assert (self.client.mode, self.client.child_pid) == (
-            {"on": "process", "off": "thread", "device": "process"}[self.mode],
+            {"on": "process", "off": "thread", "device": "process", "direct": "process"}[self.mode],
             pid,
         )
         hashes = self.prompt()
