@@ -5,7 +5,8 @@ fallback inside cuFile is off, so that a file it cannot serve directly is an err
 ``gds/compat`` where kvikio copies through host buffers of its own. Pieces of device memory below kvikio's
 ``gds_threshold`` (16 KiB: headers) go through host buffers in either case.
 
-kvikio's settings belong to the process: they are set here, once, and the I/O process has no other user of kvikio.
+kvikio's settings belong to the process: they are set here, once. The I/O process has no other user of kvikio; in the
+engine's process (device memory) another one would get the same settings.
 ``task_size`` is 4 MiB, so that a chunk of the default size is one request and larger ones are split over threads;
 ``num_threads`` is the number of chunks in flight (``io_threads``); ``bounce_buffer_size`` is 4 MiB per thread, because
 it is page-locked and only the compatibility path uses it. None of this was measured on a GPU yet.

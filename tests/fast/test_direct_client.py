@@ -372,7 +372,7 @@ def test_the_other_process_evicts_what_is_written_here(quick: Path) -> None:
     client, _, _ = started_direct(setup)
     stored = 0
     deadline = time.monotonic() + 30
-    while stored < 40:
+    while stored < 23:
         outcome = store(client, make_store(POOL, chain(N, f"evict{stored}"), range(N)))
         stored += outcome == ("stored",)
         assert len(list(quick.rglob("*.kv"))) <= 20

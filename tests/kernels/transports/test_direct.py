@@ -1,4 +1,4 @@
-"""The GPUDirect path with the real mover and the real kvikio: the service's own suite, and files against the host path.
+"""The GPUDirect path with the real mover and the real kvikio: the suite of the I/O service, and files of the host path.
 
 Without a GPU kvikio takes its compatibility path, which is let through here only: its name is ``gds/compat``.
 """
