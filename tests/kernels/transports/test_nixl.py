@@ -363,9 +363,9 @@ def test_releases_that_report_short_reads_as_done_are_refused(version: str, monk
         NixlTransport()
 
 
-@pytest.mark.parametrize("plugin", ["GDS", "GDS_MT"])
-def test_a_plugin_that_does_not_load_is_told_with_the_loaders_words(plugin: str) -> None:
-    """In a process of its own: beside the fake CUDA driver of these tests the real cuFile loads, and hangs."""
+def refusal_of(plugin: str) -> str:
+    """What is said of a plugin, in a process of its own: beside the fake CUDA driver of these tests the real cuFile
+    hangs, and UCX takes the process with it when that ends."""
     program = (
         "from memkv_engines.transports.nixl import NixlTransport\n"
         "from memkv_engines.errors import ConfigError\n"
@@ -374,8 +374,15 @@ def test_a_plugin_that_does_not_load_is_told_with_the_loaders_words(plugin: str)
     )
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environ)
-    assert f"nixl_plugin='{plugin}' cannot be used: libcufile.so.0: cannot open" in done.stdout, done.stderr
-    assert "transport=posix" in done.stdout
+    assert done.stdout, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("plugin", ["GDS", "GDS_MT"])
+def test_a_plugin_that_does_not_load_is_told_with_the_loaders_words(plugin: str) -> None:
+    said = refusal_of(plugin)
+    assert f"nixl_plugin='{plugin}' cannot be used: libcufile.so.0: cannot open" in said
+    assert "transport=posix" in said
 
 
 def test_a_plugin_that_is_not_there_is_told_with_those_that_are() -> None:
@@ -384,5 +391,4 @@ def test_a_plugin_that_is_not_there_is_told_with_those_that_are() -> None:
 
 
 def test_a_plugin_that_moves_no_files_is_refused() -> None:
-    with pytest.raises(ConfigError, match="to FILE_SEG"):
-        NixlTransport("UCX")
+    assert "to FILE_SEG" in refusal_of("UCX")
