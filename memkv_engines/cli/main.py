@@ -1,4 +1,4 @@
-"""``memkv-engines``: look at the machine, at a configuration and at a tier.
+"""``memkv-engines``: look at the machine, at a configuration and at a tier; patch an engine.
 
 Exit codes: 0 all is well, 1 something was found (the doctor: a problem; `tier verify`: damage; each command's help says
 what), 2 the call or the configuration is wrong or a place cannot be reached, 130 interrupted.

@@ -327,6 +327,13 @@ def test_what_shares_the_file_is_not_touched(made: Made, tmp_path: Path) -> None
     assert (tmp_path / "cached.py").read_bytes() == OLD
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_keeps_its_owner(made: Made) -> None:
+    os.chown(made.one, 4321, 4322)
+    assert made.run("apply") == 0
+    assert (made.one.stat().st_uid, made.one.stat().st_gid) == (4321, 4322)
+
+
 def test_neither_a_directory_nor_a_huge_file_is_read(made: Made) -> None:
     made.two.unlink()
     made.two.mkdir()

@@ -1,7 +1,7 @@
 """Patches and the engine's files: what fits, and writing all of a patch or nothing.
 
-A file is replaced by a rename and keeps its mode. A copy that shares the old file (installers link files of several
-environments together) is therefore not touched.
+A file is replaced by a rename and keeps its owner and mode. A copy that shares the old file (installers link files of
+several environments together) is therefore not touched.
 """
 
 from __future__ import annotations
@@ -91,12 +91,15 @@ def _replace(staged: list[tuple[Path, Path, Path]]) -> None:
 
 
 def _stage(path: Path, content: bytes) -> Path:
-    """A file beside another, with its mode and this content."""
+    """A file beside another, with its owner, its mode and this content."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(name, stat.S_IMODE(path.stat().st_mode))
+        facts, made = path.stat(), os.stat(name)
+        if (facts.st_uid, facts.st_gid) != (made.st_uid, made.st_gid):
+            os.chown(name, facts.st_uid, facts.st_gid)
+        os.chmod(name, stat.S_IMODE(facts.st_mode))
     except OSError:
         os.unlink(name)
         raise
