@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from memkv_engines.cli.patch import command
+from memkv_engines.sglang.chain import ChainMemory
 from tests.engines.patched import copy_of_files, patches_for, stock_and_patched
 from tests.engines.sglang.radix_caches import PAGE_TOKENS, Bench, memkv_config, sequence
 
@@ -142,6 +143,29 @@ def test_the_prefix_of_a_prefetch_has_no_gap(tmp_path: Path) -> None:
         root = fixtures.match_prefix(side.cache, list(reversed(tokens))).last_host_node
         assert side.cache.is_root(root)
         assert patched.UnifiedRadixCache.get_prefix_hash_values(side.cache, root) == []
+
+
+def prefetched_pages(module: ModuleType, tier: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Pages known after a prefetch of the first four of a chunk's nine, and after one of all; no memory of chains."""
+    tokens = sequence(9)
+    monkeypatch.setattr(ChainMemory, "before", lambda memory, page, count: [])
+    with Bench() as bench:
+        bench.side(memkv_config(tier), 1).store(tokens)
+        assert len(list(tier.rglob("*.kv"))) == 1
+        other = bench.side(memkv_config(tier), 2)
+        monkeypatch.setattr(
+            type(other.cache), "get_prefix_hash_values", module.UnifiedRadixCache.get_prefix_hash_values
+        )
+        first = other.prefetch(tokens[: 4 * PAGE_TOKENS])
+        return first // PAGE_TOKENS, other.prefetch(tokens) // PAGE_TOKENS
+
+
+def test_a_prefetch_that_starts_inside_a_chunk_hits_without_our_memory_of_chains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stock_and_patched("sglang", "0002-prefix-keys-of-matched-node", tmp_path) as (stock, patched):
+        assert prefetched_pages(stock, tmp_path / "one", monkeypatch) == (4, 4)
+        assert prefetched_pages(patched, tmp_path / "two", monkeypatch) == (4, 9)
 
 
 # --------------------------------------------------------------------------------- 0003: the thread that prefetches
