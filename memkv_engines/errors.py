@@ -21,6 +21,7 @@
     │   ├── GpuUnavailable     no usable driver, device or kernel image: take another path
     │   ├── GpuOverdue         the device did not finish in time; its memory stays in use until it does
     │   └── GpuLost            the CUDA context is broken: nothing moves any more in this process
+    ├── PatchError             a patch is damaged, or an engine's file is not what it expects: nothing is written
     └── IoServiceError         the I/O process died, hung or answered nonsense
 
 Every ``ChunkError`` has a short ``kind``, which is also the name of its counter.
@@ -125,6 +126,10 @@ class IoServiceError(MemKVError):
     """The I/O service died, hung or broke its protocol."""
 
     kind = "io_service"
+
+
+class PatchError(MemKVError):
+    """A patch is damaged, leads elsewhere, or does not fit an engine's file. Names patch or file, and hunk."""
 
 
 class GpuError(MemKVError):

@@ -155,6 +155,10 @@ MAX_REMEMBERED_WALKS = 64
 CLEAR_TIMEOUT_S = 60.0
 """Longest that SGLang waits for the removal of a namespace."""
 
+# --- patches for engines -------------------------------------------------------
+MAX_PATCH_BYTES = MIB
+MAX_PATCHED_FILE_BYTES = 16 * MIB
+
 assert LEAF_BYTES % ALIGN_BYTES == 0
 assert MIN_CHUNK_TARGET_BYTES <= DEFAULT_CHUNK_TARGET_BYTES <= MAX_CHUNK_TARGET_BYTES
 assert MAX_CHUNK_TARGET_BYTES < MAX_BLOCK_BYTES < MAX_CHUNK_BYTES

@@ -1,4 +1,4 @@
-"""``memkv-engines``: look at the machine, at a configuration and at a tier.
+"""``memkv-engines``: look at the machine, at a configuration and at a tier; patch an engine.
 
 Exit codes: 0 all is well, 1 something was found (the doctor: a problem; `tier verify`: damage; each command's help says
 what), 2 the call or the configuration is wrong or a place cannot be reached, 130 interrupted.
@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from memkv_engines.cli import tier
+from memkv_engines.cli import patch, tier
 from memkv_engines.errors import MemKVError
 
 
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--json", action="store_true")
     config.set_defaults(run=_show_config)
     tier.add_parser(commands)
+    patch.add_parser(commands)
     return parser
 
 
