@@ -155,7 +155,7 @@ def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool, on_gpu:
         # Its I/O process moves host memory; what is asked for memory of a GPU was decided here.
         gds="auto" if on_gpu else config.transport.gds,
         nixl_plugin=config.transport.nixl_plugin,
-        staging_medium=config.transport.staging_medium,
+        staging_medium="auto" if on_gpu else config.transport.staging_medium,
     )
 
 

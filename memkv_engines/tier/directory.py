@@ -49,6 +49,7 @@ from memkv_engines.transports.posix import BUFFERED, DIRECT, ModeReport, PosixTr
 from memkv_engines.transports.select import TransportPlan
 
 _FULL_BACKOFF_S = 5.0
+_QUICK_SCANS, _QUICK_S = 3, 0.1
 _GONE = (errno.ENOENT, errno.ESTALE)
 _Result = TypeVar("_Result")
 
@@ -324,11 +325,16 @@ class DirectoryTier(Tier):
         Raises:
             TierError: a folder cannot be listed, or the count not written; it stays as it was.
         """
+        for _ in range(_QUICK_SCANS):
+            with self._lock:
+                written_before = self._written_bytes
+            started = time.monotonic()
+            total = self._upkeep.scan(collect=not self._read_only)
+            # What was written meanwhile may be counted twice until the next scan, but never not at all: once more,
+            # where that is cheap.
+            if self._written_bytes == written_before or time.monotonic() - started > _QUICK_S:
+                break
         with self._lock:
-            written_before = self._written_bytes
-        total = self._upkeep.scan(collect=not self._read_only)
-        with self._lock:
-            # What was written meanwhile may be counted twice until the next scan, but never not at all.
             self._scanned_bytes = total
             self._written_bytes -= written_before
         if self._usage is not None and needs_listing(self._usage.count(), self._capacity_bytes):
