@@ -73,7 +73,7 @@ GATES = (
     Gate(
         name="fast",
         proves="style, types, and the package without any engine",
-        budget_s=300,
+        budget_s=420,
         environment="dev",
         tests="tests/fast",
         tools=(("-m", "ruff", "check", "."), ("-m", "ruff", "format", "--check", "."), ("-m", "mypy")),
