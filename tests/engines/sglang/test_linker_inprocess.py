@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -126,23 +127,22 @@ def test_what_cannot_work_is_refused_at_start(change: dict[str, Any], key: str, 
         bench.linked(tier, 1, **change)
 
 
-def test_pages_that_are_not_in_cpu_memory_are_refused() -> None:
-    from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import DevicePoolEntry
+@pytest.mark.parametrize("devices", [{"meta"}, {"cpu", "cuda:0"}, {"cuda:0", "cuda:1"}])
+def test_pages_that_nothing_can_move_are_refused(devices: set[str]) -> None:
+    from memkv_engines.sglang.device_pools import device_pages
 
-    from memkv_engines.sglang.device_pools import DevicePool
+    pools = [mock.Mock(devices={torch.device(name)}) for name in sorted(devices)]
+    with pytest.raises(ConfigError, match=rf"lies on {', '.join(sorted(devices))};.*hierarchical cache"):
+        device_pages(pools, None)
 
-    buffers = [torch.empty((64, 8), device="meta")]
-    entry = DevicePoolEntry(
-        name=PoolName.KV,
-        indices_from_pool=PoolName.KV,
-        device_pool=None,
-        components=[buffers],
-        layer_mapping={0: 0},
-        page_size=PAGE_TOKENS,
-        rows_are_pages=False,
-    )
-    with pytest.raises(ConfigError, match=r"on meta.*hierarchical cache"):
-        DevicePool(entry)
+
+def test_pages_of_one_gpu_are_moved_behind_the_stream_of_the_forward() -> None:
+    from memkv_engines.sglang.device_pools import device_pages
+
+    pools = [mock.Mock(devices={torch.device("cuda:1")})] * 2
+    pages = device_pages(pools, mock.Mock(cuda_stream=4711))
+    assert pages is not None
+    assert (pages.device, pages.stream()) == (1, 4711)
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
