@@ -12,8 +12,8 @@ One listing is not one moment: it sees chunks that go while it is made. So two f
 listing, and those that `stayed` from one listing to the next, which were there together. The bound on both is
 capacity_bytes and what is being written: a chunk for each thread, also for those of killed writers.
 
-Writes build/capacity.json. Exit status 0: within the bound in every run, the capacity was nearly reached in each, and
-exceeded in the control; 1: not so; 2: wrong usage.
+Writes build/capacity.json. Exit status 0: within the bound in every run, and beyond it in the control; 1: not so;
+2: wrong usage.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ CAPACITY_BYTES = 96 * MIB
 LARGEST_CHUNK_BYTES = 2 * MIB
 PROMPTS = 400
 KILL_EVERY_S = 0.7
+# Of the capacity: then the watching begins.
+NEARLY_FULL_SHARE = 0.85
+FILL_TIMEOUT_S = 60.0
 # A keeper that pauses a second, as it does elsewhere, would leave little to see.
 EVICT_PAUSE_S = 0.02
 CONTROL = "control: nobody asks the count"
@@ -152,7 +155,7 @@ class Run:
         seen = stayed = listings = 0
         before: list[dict[int, int]] = [{} for _ in self._folders]
         try:
-            self._await_first(writers)
+            self._await_full(writers)
             end = time.monotonic() + seconds
             next_kill = time.monotonic() + KILL_EVERY_S
             while time.monotonic() < end:
@@ -195,10 +198,10 @@ class Run:
         self.kills += 1
         writers[number] = self._start()
 
-    def _await_first(self, writers: list[SpawnProcess]) -> None:
-        deadline = time.monotonic() + 60
-        while not any(listed(folder) for folder in self._folders):
-            assert time.monotonic() < deadline and all(w.is_alive() for w in writers), "nothing is written"
+    def _await_full(self, writers: list[SpawnProcess]) -> None:
+        deadline = time.monotonic() + FILL_TIMEOUT_S
+        while min(sum(listed(folder).values()) for folder in self._folders) < NEARLY_FULL_SHARE * CAPACITY_BYTES:
+            assert time.monotonic() < deadline and all(w.is_alive() for w in writers), "it does not fill"
             time.sleep(0.01)
 
 
@@ -223,8 +226,6 @@ def broken(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
             over = run[f"{kind}_overshoot_bytes"]
             if over > run["allowed_bytes"]:
                 told.append(f"{name}, run {number}: {over} B over ({kind}), {run['allowed_bytes']} B being written")
-        if run["seen_overshoot_bytes"] < -CAPACITY_BYTES // 5:
-            told.append(f"{name}, run {number}: the capacity was not nearly reached")
         if not run["listings"]:
             told.append(f"{name}, run {number}: not listed")
     return told

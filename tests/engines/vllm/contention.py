@@ -34,7 +34,9 @@ LONG_SHARE = 0.3
 OWN_TOKENS = 90
 DOCUMENTS = 10
 ANSWER_TOKENS = (2, 64)
-ABORT_PER_STEP = 0.05
+ABORT_PER_STEP = 0.12
+# The others have not begun, or were preempted.
+ABORT_RUNNING_SHARE = 0.8
 IN_FLIGHT = 10
 FREEZE_PER_STEP = 0.05
 # What a block's values may differ by between a prompt computed in one step and alone, and the same tokens computed
@@ -98,7 +100,7 @@ class Contention:
                 self._freeze()
             self._step()
             if self._running and self._choice.random() < ABORT_PER_STEP:
-                self._abort(self._choice.choice(list(self._running)))
+                self._abort(self._victim())
         trace.write_text(json.dumps([vars(ended) for ended in self.ended]))
         ways: dict[str, int] = {}
         for ended in self.ended:
@@ -127,6 +129,12 @@ class Contention:
         for output in self._engine.step():
             if output.finished and output.request_id in self._running:
                 self._note(output.request_id, "finished")
+
+    def _victim(self) -> str:
+        runs = [name for name, request in self._running.items() if request.status.name == "RUNNING"]
+        return self._choice.choice(
+            runs if runs and self._choice.random() < ABORT_RUNNING_SHARE else list(self._running)
+        )
 
     def _abort(self, name: str) -> None:
         status = self._running[name].status.name.lower()
