@@ -222,9 +222,7 @@ class Recomputation:
         likeliest = output.prompt_logprobs
         (ids,) = self._scheduler.kv_cache_manager.get_block_ids(inner)
         whole = ids[: len(request.tokens) // self._block_tokens]
-        pages = np.concatenate(
-            [blocks[whole].reshape(len(whole), -1).float().numpy() for blocks in self._layers], axis=1
-        )
+        pages = np.concatenate([blocks[whole].flatten(1).float().numpy() for blocks in self._layers], axis=1)
         self._engine.abort_request([name])
         return pages, sum(
             _is_unlikely(likeliest[position], request.tokens[position])
