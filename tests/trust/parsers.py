@@ -399,11 +399,30 @@ MACHINE = (
     b"/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/nvme/nvme0\n/sys/devices/pci0000:00/0000:00:01.0/0000:02:00.0",
     b'150000 100000 [never] madvise "allow_compat_mode" : true',
     b"1.5.0rc2+cu12",
+    b"1" * 5000,
+    "\N{SUPERSCRIPT TWO} 5".encode(),
 )
 YAML = (
     b"path: /nvme/kv\ncapacity_bytes: 10_000\ndirect_io: on\nhit_ttl_s: 6e2\nstore: no\n",
     b"path: [/nvme0/kv, /nvme1/kv]\ntenant: 2020-01-02\nweights_id: 0x1F\nload: 1:30\n",
     b"a: &a [1, 2]\nb: &b [*a, *a]\ntenant: *b\n? [x, y]\n: !!binary aGk=\n",
+)
+# What PyYAML answers with an error of Python's; and a few lines that nest a list a million times.
+HARD_YAML = (
+    b"tenant: 2020-13-45\n",
+    b"[" * 5000,
+    b"- " * 5000,
+    b"capacity_bytes: 1" + b"0" * 5000,
+    b"tenant: !!timestamp x\n",
+    b"tenant: !!int ''\n",
+    b"store: !!bool x\n",
+    b"hit_ttl_s: 1" + b":1" * 3000 + b".0\n",
+    b"tenant: [&a [x, x, x, x, x, x, x, x], "
+    + b", ".join(b"&%c [%s]" % (98 + i, b", ".join([b"*%c" % (97 + i)] * 8)) for i in range(8))
+    + b"]\n",
+)
+HARD_REQUESTS = tuple(
+    messages.encode(messages.Manifest(text)) for text in (b"[" * 100_000, b'{"a":' + b"[" * 990 + b"]" * 990 + b"}")
 )
 JSON_CONFIG = (
     b'{"path": "/kv", "capacity_bytes": 1e9, "eviction": "lru", "store": true, "hit_ttl_s": 0.5, "tenant": "t"}',
@@ -429,7 +448,7 @@ TARGETS = {
         Target("quotas", parse_quotas, (ConfigError,), (b'{"tenants": {"a": 1, "": 5000000}, "version": 1}', b"{}")),
         Target("usage file", parse_usage, (TierError, ChunkForeign), (reseal_usage(bytes(24)),), reseal_usage),
         Target("drive id", parse_drive, (), (b"0123456789abcdef" * 2,)),
-        Target("configuration file", parse_config_file, (ConfigError,), YAML, share=0.5),
+        Target("configuration file", parse_config_file, (ConfigError,), (*YAML, *HARD_YAML), share=0.5),
         Target("configuration values", parse_config_values, (ConfigError,), JSON_CONFIG),
         Target("messages", parse_messages, (IoServiceError,), tuple(map(messages.encode, (*REQUESTS, *REPLIES)))),
         Target(
@@ -438,12 +457,13 @@ TARGETS = {
             (),
             (reframe(b"\x05" + bytes(range(40))), struct.pack("<I", 1 << 30) + b"x"),
             reframe,
+            share=0.25,
         ),
         Target(
             "requests, served",
             parse_request_and_serve,
             (IoServiceError,),
-            tuple(map(messages.encode, REQUESTS[1:5])),
+            (*map(messages.encode, REQUESTS[1:5]), *HARD_REQUESTS),
             share=0.05,
         ),
         Target("patch", parse_patch, (PatchError,), (PATCH,)),
