@@ -223,7 +223,7 @@ def _prove_library() -> None:
     block = memoryview(bytearray(_PIECE_BYTES + 1))
     try:
         tag = guard.seal_block(block, bytes(32), 0)
-        proved = tag.hex() == _KNOWN_TAG and guard.open_block(block, bytes(32), 0, tag) and not any(block)
+        proved = tag.hex() == _KNOWN_TAG and guard.open_block(block, bytes(32), 0, tag) and block == bytes(block.nbytes)
     except ImportError as error:
         raise ConfigError(
             f"protection needs the package cryptography, which cannot be imported: {error}; {remedy}"
