@@ -11,9 +11,9 @@ from memkv_engines.chunk.protection import Protection
 from memkv_engines.keys import Namespace
 from memkv_engines.tier.directory import DirectoryTier
 from tests.fast.cli_tier_samples import CHUNK_BYTES, TWO, Directory, Run, chunk, flip
+from tests.fast.protected_samples import AUTH, ENCRYPT, KEY, OTHER_KEY
 from tests.fast.samples import aligned
 from tests.fast.test_codec import sign
-from tests.fast.test_protection import AUTH, ENCRYPT, KEY, OTHER_KEY
 
 SECRET = Namespace({"model": "one", "protection": ENCRYPT.identity()})
 OTHERS = Namespace({"model": "one", "protection": Protection(OTHER_KEY, encrypt=False).identity()})

@@ -27,9 +27,9 @@ from tests.fast.io_samples import (
     started_device,
     store,
 )
+from tests.fast.protected_samples import KEY, OTHER_KEY
 from tests.fast.samples import NAMESPACE, SHARD, aligned, chain, chain_hash, make_chunk, make_key, noise
 from tests.fast.service_samples import GEOMETRY, POOL, POOLS, N, Service, check_load, flip, rewrite, signed
-from tests.fast.test_protection import KEY, OTHER_KEY
 
 ENCRYPTED, AUTHENTICATED = ProtectionSpec(True, KEY), ProtectionSpec(False, KEY)
 STRANGER = ProtectionSpec(True, OTHER_KEY)
