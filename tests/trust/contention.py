@@ -40,7 +40,7 @@ class Variant:
     """One way to run the engine.
 
     Attributes:
-        pages: KV blocks that the engine has; the longest request needs 28 of 32 tokens.
+        pages: KV blocks that the engine has; the longest request needs 24 of 32 tokens.
         block_tokens: tokens in each.
         before: steps before the engine starts.
         start: arguments of the start.
@@ -48,7 +48,7 @@ class Variant:
         after: steps once it has started.
     """
 
-    pages: int = 48
+    pages: int = 32
     block_tokens: int = 32
     before: tuple[Step, ...] = ()
     start: dict[str, Any] = field(default_factory=dict)
@@ -58,9 +58,9 @@ class Variant:
 
 VARIANTS = {
     "child process": Variant(),
-    "child process, async scheduling": Variant(30, 64, start={"force_async_scheduling": True}),
-    "threads": Variant(40, extra={"io_process": "off"}),
-    "device path (fake driver)": Variant(36, before=({"do": "fake_gpu", "kernels": True},)),
+    "child process, async scheduling": Variant(16, 64, start={"force_async_scheduling": True}),
+    "threads": Variant(28, extra={"io_process": "off"}),
+    "device path (fake driver)": Variant(26, before=({"do": "fake_gpu", "kernels": True},)),
 }
 
 
@@ -71,7 +71,7 @@ def one_engine(variant: Variant, rounds: int, seed: int) -> dict[str, Any]:
         "kv_cache_memory_bytes": variant.pages * variant.block_tokens * KV_BYTES_PER_TOKEN,
         "max_model_len": 1024,
         "max_num_batched_tokens": 512,
-        "max_num_seqs": 8,
+        "max_num_seqs": 10,
     }
     with tempfile.TemporaryDirectory() as folder:
         tier, trace = Path(folder, "kv"), Path(folder, "trace.json")
@@ -164,21 +164,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Play, compare, show, write."""
     parser = report.parser(__doc__ or "", "contention.json")
     parser.add_argument("--rounds", type=int, default=10_000, help="of all variants together")
-    parser.add_argument("--control-rounds", type=int, default=250)
+    parser.add_argument("--control-rounds", type=int, default=250, help="0 only with --add")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--add", action="store_true", help="add to the report that is there; give another seed")
     options = parser.parse_args(arguments)
-    if min(options.rounds, options.control_rounds) < 1:
+    if options.rounds < 1 or options.control_rounds < (not options.add):
         parser.error("--rounds, --control-rounds: give at least 1")
     each = -(-options.rounds // len(options.variants))
     found: dict[str, dict[str, Any]] = {}
     with tqdm(total=each * len(options.variants) + options.control_rounds, unit="round", disable=None) as progress:
         for name in options.variants:
             found[name] = play_variant(name, each, options.seed, progress)
-        found[CONTROL] = play_variant(CONTROL, options.control_rounds, options.seed, progress)
+        if options.control_rounds:
+            found[CONTROL] = play_variant(CONTROL, options.control_rounds, options.seed, progress)
     if options.add and options.output.exists():
         for name, before in json.loads(options.output.read_text())["variants"].items():
             found[name] = report.added(before, found.get(name, {}), **WORST)
+    if CONTROL not in found:
+        parser.error("--control-rounds: the report has none so far")
     wrong = [line for name, variant in found.items() for line in broken(name, variant)]
     return report.conclude(options, {"variants": found}, [row_of(*item) for item in found.items()], wrong)
 

@@ -29,15 +29,15 @@ from memkv_engines.chunk.codec import ChunkHeader, decode_header, verify_blocks
 from tests.engines.vllm import damage
 
 # Most prompts are short and grow, so that pages run out under way; some fill a chunk of 512 tokens.
-PROMPT_TOKENS = (40, 260, 700)
-LONG_SHARE = 0.3
+PROMPT_TOKENS = (40, 170, 600)
+LONG_SHARE = 0.2
 OWN_TOKENS = 90
 DOCUMENTS = 10
 ANSWER_TOKENS = (2, 64)
 ABORT_PER_STEP = 0.12
 # The others have not begun, or were preempted.
 ABORT_RUNNING_SHARE = 0.8
-IN_FLIGHT = 10
+IN_FLIGHT = 12
 FREEZE_PER_STEP = 0.05
 # What a block's values may differ by between a prompt computed in one step and alone, and the same tokens computed
 # piece by piece and beside others. Another token's values differ by more than 1000 times as much (`closest_foreign`).
