@@ -7,6 +7,7 @@ what lies behind meets hostile bytes as well.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -24,9 +25,10 @@ from unittest import mock
 import msgspec
 from xxhash import xxh3_64_intdigest
 
-from memkv_engines import config
+from memkv_engines import config, secret
 from memkv_engines.chunk import codec
 from memkv_engines.chunk.checksum import header_digest
+from memkv_engines.chunk.protection import Protection
 from memkv_engines.cli.doctor import gpu, machine, storage
 from memkv_engines.cli.doctor.finding import Host
 from memkv_engines.cli.patch import diff
@@ -104,15 +106,37 @@ def written(name: str, data: bytes) -> None:
 # --------------------------------------------------------------------------------------------------------------- chunks
 
 
+PROTECTIONS = tuple(Protection(bytes(range(32)), encrypt=encrypt) for encrypt in (False, True))
+
+
 def parse_chunk(data: bytes) -> str:
     header = codec.decode_header(data)
+    return f"{read_blocks(header, data)} {header.geometry.block_count > 1}"
+
+
+def parse_protected_chunk(data: bytes) -> str:
+    """As those with a key read it, and tools."""
+    header = codec.read_header(data)
+    kept = [ChunkError("not protected")]
+    for protection in PROTECTIONS:
+        try:
+            return read_blocks(codec.decode_header(data, protection), data)
+        except ChunkError as error:
+            kept.append(error)
+    with contextlib.suppress(ChunkError):
+        codec.authenticated(header, PROTECTIONS[0])
+    raise kept[-1]
+
+
+def read_blocks(header: codec.ChunkHeader, data: bytes) -> str:
+    """Hold a header against itself, and verify all of its blocks that are there."""
     geometry = header.geometry
     assert header.encode() == data[: geometry.header_bytes], "two headers for one chunk"
     codec.check_header(header, header.key.namespace_digest, header.key.name, geometry, [header.key.first_hash])
     assert ChunkName.parse(header.key.name.text) == header.key.name
     if len(data) < geometry.object_bytes:
         return "header"
-    payload = memoryview(data)[geometry.header_bytes : geometry.object_bytes]
+    payload = memoryview(bytearray(data))[geometry.header_bytes : geometry.object_bytes]
     return f"bad block {codec.verify_blocks(header, 0, geometry.block_count, payload)}"
 
 
@@ -127,9 +151,14 @@ def reseal_header(data: bytes) -> bytes:
     return bytes(body)
 
 
-def chunk_seeds() -> tuple[bytes, ...]:
-    made = [make_chunk(count, size, holes=holes) for count, size, holes in ((1, 300, 0), (4, 500, 2), (40, 7, 0))]
-    return tuple(header.encode() + bytes(payload) for header, payload in made)
+def chunk_seeds(protection: Protection | None = None) -> tuple[bytes, ...]:
+    made = []
+    for count, size, holes in ((1, 300, 0), (4, 500, 2), (40, 7, 0)):
+        plain, payload = make_chunk(count, size, holes=holes)
+        hashes = [block.chain_hash for block in plain.blocks]
+        header = codec.build_header(plain.key, 16, size, hashes, 7, memoryview(payload), protection)
+        made.append(header.encode() + bytes(payload))
+    return tuple(made)
 
 
 def parse_name(data: bytes) -> str:
@@ -193,6 +222,12 @@ def parse_drive(data: bytes) -> str:
     folder_fd("drive")
     written(f"drive/{striped.ID_FILE}", data)
     return str(type(striped.drive_seed(str(folder() / "drive"), may_write=False)))
+
+
+def parse_key(data: bytes) -> str:
+    written("key", data)
+    (folder() / "key").chmod(0o600)
+    return repr(secret.read_key_file(str(folder() / "key"), "key"))
 
 
 def parse_config_file(data: bytes) -> str:
@@ -447,7 +482,8 @@ TARGETS = {
         ),
         Target("quotas", parse_quotas, (ConfigError,), (b'{"tenants": {"a": 1, "": 5000000}, "version": 1}', b"{}")),
         Target("usage file", parse_usage, (TierError, ChunkForeign), (reseal_usage(bytes(24)),), reseal_usage),
-        Target("drive id", parse_drive, (), (b"0123456789abcdef" * 2,)),
+        Target("drive id", parse_drive, (), (b"0123456789abcdef" * 2, b"01 23456789abcdef0123 456789abcd")),
+        Target("key file", parse_key, (ConfigError,), (bytes(range(32)).hex().encode() + b"\n", b"0" * 64)),
         Target("configuration file", parse_config_file, (ConfigError,), (*YAML, *HARD_YAML), share=0.5),
         Target("configuration values", parse_config_values, (ConfigError,), JSON_CONFIG),
         Target("messages", parse_messages, (IoServiceError,), tuple(map(messages.encode, (*REQUESTS, *REPLIES)))),
