@@ -17,11 +17,14 @@ from memkv_engines.errors import GpuError, IoServiceError
 from memkv_engines.log import get_logger
 from memkv_engines.offload.client import IoClient, LoadResult
 from memkv_engines.offload.loading import LoadChunk, expand_run
-from memkv_engines.offload.messages import LoadRun
+from memkv_engines.offload.messages import STOPPED, LoadRun
 from memkv_engines.offload.moving import Mover, Moving
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
 
 log = get_logger(__name__)
+
+_TELLING_CHUNKS = 4
+"""The rate of fewer chunks, which were asked for together, tells nothing."""
 
 
 @dataclass
@@ -34,6 +37,17 @@ class _Job:
     good: list[list[int]]
     kinds: list[list[str]]
     open_parts: int
+    stop_s: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    arrived: int = 0
+    arrived_bytes: int = 0
+
+    def must_stop(self) -> bool:
+        """Whether to read no more: it is seen to take longer than it is worth."""
+        elapsed_s = time.monotonic() - self.started
+        if self.arrived >= _TELLING_CHUNKS:
+            elapsed_s *= sum(map(len, self.chunks)) / self.arrived
+        return 0 < self.stop_s < elapsed_s
 
     def spoilt(self, run: int, index: int) -> bool:
         """Whether an earlier chunk of the run is bad: what follows it in the chain is of no use."""
@@ -45,7 +59,8 @@ class _Job:
             bad = next((i for i, kind in enumerate(whys) if kind), None)
             good.append(sum(goods if bad is None else goods[: bad + 1]))
             kinds.append("" if bad is None else whys[bad])
-        return LoadResult(self.job_id, tuple(good), tuple(kinds))
+        seconds = time.monotonic() - self.started
+        return LoadResult(self.job_id, tuple(good), tuple(kinds), self.arrived_bytes, seconds)
 
 
 @dataclass
@@ -89,14 +104,15 @@ class DeviceLoads:
     ) -> None:
         self._client, self._mover, self._staging, self._stream = client, mover, staging, stream
         self._timeout_s, self._next_id = timeout_s, next_id
+        self._block_bytes = {spec.group: spec.block_bytes for spec in staging.specs}
         self._waiting: deque[_Part] = deque()
         self._reading: dict[int, list[_Part]] = {}
         self._placing: list[_Part] = []
         self._results: list[LoadResult] = []
         self.pending = 0
 
-    def submit(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
-        """Queue a job; its result will come from ``poll``."""
+    def submit(self, job_id: int, runs: tuple[LoadRun, ...], stop_s: float = 0.0) -> None:
+        """Queue a job; its result will come from ``poll``. Stopped once it is seen to take longer than ``stop_s``."""
         chunks, whys = [], []
         for run in runs:
             try:
@@ -107,7 +123,7 @@ class DeviceLoads:
                 chunks.append([])
                 whys.append([error.kind])
         good = [[0] * len(why) for why in whys]
-        job = _Job(job_id, time.monotonic() + self._timeout_s, chunks, good, whys, sum(map(len, chunks)))
+        job = _Job(job_id, time.monotonic() + self._timeout_s, chunks, good, whys, sum(map(len, chunks)), stop_s)
         self.pending += 1
         if not job.open_parts:
             self._finish(job)
@@ -184,6 +200,10 @@ class DeviceLoads:
             part.kind = IoServiceError.kind if late else "skipped"
             self._settle(part)
             return True
+        if job.must_stop():
+            part.kind = STOPPED
+            self._settle(part)
+            return True
         per_slot = self._staging.blocks_per_slot(chunk.group)
         if not per_slot or not len(chunk.block_ids):
             log.warning("load refused: group %d, %d blocks", chunk.group, len(chunk.block_ids))
@@ -250,6 +270,9 @@ class DeviceLoads:
 
     def _settle(self, part: _Part) -> None:
         job = part.job
+        if not part.kind:
+            job.arrived += 1
+            job.arrived_bytes += part.good * self._block_bytes[part.chunk.group]
         job.good[part.run][part.index], job.kinds[part.run][part.index] = part.good, part.kind
         job.open_parts -= 1
         if not job.open_parts:
@@ -257,7 +280,10 @@ class DeviceLoads:
 
     def _finish(self, job: _Job) -> None:
         self.pending -= 1
-        self._results.append(job.answer())
+        answer = job.answer()
+        if STOPPED in answer.kinds:
+            self._client.counters.add("load_stopped")
+        self._results.append(answer)
 
     def busy_slots(self) -> Iterable[PinnedSlot]:
         """Slots in use, for tests and assertions."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from memkv_engines.errors import IoServiceError, MemKVError
 from memkv_engines.log import get_logger
 from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome, expand_run
-from memkv_engines.offload.messages import Load, LoadDone
+from memkv_engines.offload.messages import STOPPED, Load, LoadDone
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
 from memkv_engines.tier.base import Tier
 
@@ -32,12 +32,28 @@ class _Job:
     outcomes: list[list[LoadOutcome | None]]
     remaining: int
     malformed: frozenset[int]
+    stop_s: float = 0.0
+    arrived: int = 0
+    stopped: bool = False
     # First bad chunk per run: what follows it in the chain is of no use.
     first_bad: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def is_pointless(self, run: int, index: int) -> bool:
         return self.first_bad.get(run, index) < index
+
+    def must_stop(self, at_once: int) -> bool:
+        """Whether to read no more: what is left would take longer than it is worth. Asked before each chunk.
+
+        ``at_once`` chunks are read at a time; before so many have come the rate tells nothing.
+        """
+        if self.stop_s and not self.stopped:
+            elapsed_s = time.perf_counter() - self.started
+            with self.lock:
+                if self.arrived >= at_once:
+                    elapsed_s *= sum(map(len, self.runs)) / self.arrived
+                self.stopped = elapsed_s > self.stop_s
+        return self.stopped
 
     def answer(self) -> LoadDone:
         good_blocks, kinds = [], []
@@ -109,7 +125,7 @@ class LoadJobs:
         reply: Callable[[LoadDone], None],
     ) -> None:
         self._tier, self._staging, self._make_load, self._reply = tier, staging, make_load, reply
-        self._readers_place = not placers
+        self._readers, self._readers_place = readers, not placers
         self._wanted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._pending = 0
@@ -152,7 +168,9 @@ class LoadJobs:
                 runs.append([])
         count = sum(map(len, runs))
         outcomes: list[list[LoadOutcome | None]] = [[None] * len(r) for r in runs]
-        job = _Job(message.job_id, time.perf_counter(), runs, outcomes, count, frozenset(malformed))
+        job = _Job(
+            message.job_id, time.perf_counter(), runs, outcomes, count, frozenset(malformed), message.stop_us / 1e6
+        )
         if not count:
             self._reply(job.answer())
             return
@@ -165,6 +183,9 @@ class LoadJobs:
     def _read(self, item: _Item) -> None:
         if item.job.is_pointless(item.run, item.index):
             self._settle(item, LoadOutcome(0, "skipped", 0))
+            return
+        if item.job.must_stop(self._readers):
+            self._settle(item, LoadOutcome(0, STOPPED, 0))
             return
         slot = None
         try:
@@ -220,6 +241,7 @@ class LoadJobs:
         job = item.job
         with job.lock:
             job.outcomes[item.run][item.index] = outcome
+            job.arrived += not outcome.kind
             if outcome.kind:
                 job.first_bad[item.run] = min(item.index, job.first_bad.get(item.run, item.index))
             job.remaining -= 1
