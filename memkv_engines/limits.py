@@ -128,6 +128,8 @@ ESTIMATE_HALF_LIFE_S = 20.0
 ESTIMATE_CLIP = 8.0
 """A sample counts at most so many times what was expected."""
 ESTIMATE_WARM_UP_STEPS = 1
+MIN_PREFILL_SPAN_TOKENS = 16
+"""What a step computes less of a request is decoding."""
 MIN_PREFILL_SAMPLE_TOKENS = 256
 """In a smaller step the fixed costs of a step are most of it: it would tell nothing of a long prompt."""
 PRIOR_PREFILL_BYTES_PER_S = 200 * MIB
@@ -140,14 +142,20 @@ RESUME_GAIN = 0.2
 """Share of the recompute time that a load must be predicted to save before it is made again."""
 MIN_TRIAL_TOKENS = 256
 """SGLang does not load less (``prefetch_threshold``)."""
-TRIAL_SHARE = 0.1
-"""Share of a request's recompute time that a trial is predicted to take."""
+TRIAL_SHARE = 0.15
+"""Share of a request's recompute time that a trial is predicted to take, and every other one half of that."""
 TRIAL_PAUSE_S = 5.0
-TRIAL_DUTY = 0.02
+TRIAL_DUTY = 0.05
 """Share of all time that trials may take, where even the smallest is slow."""
 STOP_MARGIN = 1.25
 """A load that is seen to take so many times what it saves is stopped."""
 STOP_FLOOR_S = 0.1
+OVERDUE_SLACK_S = 1.0
+"""While a load is so much later than its stop, the tier counts as slow: no other load begins. An engine may learn of a
+load's end only when its step is over."""
+FORGET_LOAD_S = 120.0
+"""A load that nobody has heard of for so long keeps no other from being made."""
+MAX_STEPS_TIMED = 64
 
 # --- GPU --------------------------------------------------------------------
 GPU_MIN_DRIVER = 12_000

@@ -19,9 +19,10 @@ Exceptions, each bounded:
 - *Not measured yet.* Without a measured load everything is loaded. As with every load, the I/O service stops reading
   when it turns out slower than the prefill it saves (``LoadTicket.stop_s``): the cost is the first chunks, which are
   read at once. Until a prefill was measured it is assumed to produce ``PRIOR_PREFILL_BYTES_PER_S`` of KV.
+- *Overdue.* While a load is long past its stop nothing else is loaded: the tier hangs.
 - *Trials.* Who declines never learns that the tier is well again. So now and then a leading part is loaded: as much as
-  takes ``TRIAL_SHARE`` of the prefill it belongs to, at least a chunk, and so seldom that trials take no more
-  than ``TRIAL_DUTY`` of the time.
+  takes ``TRIAL_SHARE`` of the prefill it belongs to, at least a chunk, and so seldom that trials take no more than
+  ``TRIAL_DUTY`` of the time. After one that was much faster than expected the next one may follow at once.
 - *Negligible.* A load of ``NEGLIGIBLE_LOAD_S`` is always made: that is noise to the request.
 
 Decisions have hysteresis per length (a power of two): what was declined must be predicted to save ``RESUME_GAIN``
@@ -37,8 +38,10 @@ from dataclasses import dataclass
 
 from memkv_engines.limits import (
     COLD_LOAD_S,
+    FORGET_LOAD_S,
     MIN_TRIAL_TOKENS,
     NEGLIGIBLE_LOAD_S,
+    OVERDUE_SLACK_S,
     PRIOR_PREFILL_BYTES_PER_S,
     RESUME_GAIN,
     STOP_FLOOR_S,
@@ -94,12 +97,14 @@ class LoadTicket:
         ahead_bytes: what loads before it shall still bring; they share the tier, and are served in order.
         predicted_s: what it should take with its waiting; 0 where that was unknown.
         stop_s: to be stopped as soon as it is seen to take longer; 0: never.
+        overdue_at: when it should long have ended.
     """
 
     size_bytes: int
     ahead_bytes: int
     predicted_s: float
     stop_s: float
+    overdue_at: float
 
 
 class CostGate:
@@ -120,7 +125,8 @@ class CostGate:
         self._load, self._prefill = LoadCost(clock), PrefillCost(clock)
         self._under_way: list[LoadTicket] = []
         self._declining: dict[int, bool] = {}
-        self._next_trial = 0.0
+        self._next_trial, self._trials = 0.0, 0
+        self._last_trial = (0, 0, 0.0)
         self._lock = threading.Lock()
         self._lines = Throttle()
 
@@ -130,14 +136,18 @@ class CostGate:
         """A load begins; ``load_ended`` must follow, whatever becomes of it."""
         with self._lock:
             ahead = self._ahead_bytes()
-            stop_s = max(STOP_FLOOR_S, STOP_MARGIN * self._worth(hit)) if self.enabled else 0.0
-            ticket = LoadTicket(hit.size_bytes, ahead, self._load.seconds(ahead + hit.size_bytes), stop_s)
+            stop_s = self._stop_s(hit) if self.enabled else 0.0
+            predicted_s = self._load.seconds(ahead + hit.size_bytes)
+            overdue_at = self._clock() + stop_s + OVERDUE_SLACK_S
+            ticket = LoadTicket(hit.size_bytes, ahead, predicted_s, stop_s, overdue_at)
             self._under_way.append(ticket)
             return ticket
 
     def load_ended(self, ticket: LoadTicket, read_bytes: int = 0, seconds: float = 0.0) -> None:
         """A load ended; what it read and how long that took with its waiting. A load that failed tells nothing: 0."""
         with self._lock:
+            if ticket not in self._under_way:
+                return  # forgotten: nobody had heard of it for too long
             later = self._under_way.index(ticket)
             del self._under_way[later]
             for other in self._under_way[later:]:
@@ -165,7 +175,7 @@ class CostGate:
     def undecided(self) -> bool:
         """Whether the first load of all is under way: who waits for it knows more."""
         with self._lock:
-            return self.enabled and not self._load.known and bool(self._under_way)
+            return self.enabled and not self._load.known and bool(self._under_way) and not self._overdue()
 
     def judge(self, hit: Candidate, block_tokens: int = 1, least_tokens: int = 0) -> Verdict:
         """How much of a hit to load. Counts, and may take the turn of a trial: ask once for a request.
@@ -185,6 +195,11 @@ class CostGate:
 
     # --- inside ----------------------------------------------------------------
 
+    def _overdue(self) -> bool:
+        now = self._clock()
+        self._under_way = [t for t in self._under_way if now < t.overdue_at + FORGET_LOAD_S]
+        return any(ticket.overdue_at < now for ticket in self._under_way)
+
     def _ahead_bytes(self) -> int:
         return sum(ticket.size_bytes for ticket in self._under_way)
 
@@ -194,7 +209,16 @@ class CostGate:
             return self._prefill.seconds(hit.start, hit.stop)
         return max(COLD_LOAD_S, hit.size_bytes / PRIOR_PREFILL_BYTES_PER_S)
 
+    def _stop_s(self, hit: Candidate) -> float:
+        """When a load is to be stopped; a trial has its budget, since it would teach nothing else."""
+        worth_s = self._worth(hit)
+        if self._last_trial[:2] == (hit.start, hit.stop):
+            worth_s = max(worth_s, self._last_trial[2])
+        return max(STOP_FLOOR_S, STOP_MARGIN * worth_s)
+
     def _judge(self, hit: Candidate, block_tokens: int, least_tokens: int) -> Verdict:
+        if self._overdue():
+            return Verdict(0, "slower")
         if not self._load.known:
             return Verdict(hit.tokens, "unmeasured")
         load_s, worth_s = self._load.seconds(self._ahead_bytes() + hit.size_bytes), self._worth(hit)
@@ -206,6 +230,9 @@ class CostGate:
         self._declining[length] = declines
         if declines != was_declining:
             self._report(hit, load_s, worth_s, declines)
+        if declines and not was_declining:
+            # What made us decline was measured just now.
+            self._next_trial = max(self._next_trial, self._clock() + TRIAL_PAUSE_S)
         if not declines:
             return Verdict(hit.tokens, "faster")
         return self._trial(hit, worth_s, block_tokens, least_tokens) or Verdict(0, "slower")
@@ -214,11 +241,15 @@ class CostGate:
         now = self._clock()
         if now < self._next_trial:
             return None
-        share = self._load.bytes_in(TRIAL_SHARE * worth_s) / max(1, hit.size_bytes)
+        # Of two sizes, or latency could not be told from bandwidth.
+        budget_s = TRIAL_SHARE * worth_s / (1 + self._trials % 2)
+        self._trials += 1
+        share = self._load.bytes_in(budget_s) / max(1, hit.size_bytes)
         tokens = max(int(hit.tokens * share), least_tokens)
         tokens = min(-(-tokens // block_tokens) * block_tokens, hit.tokens)
-        load_s = self._load.seconds(hit.leading(tokens).size_bytes)
-        self._next_trial = now + max(TRIAL_PAUSE_S, load_s / TRIAL_DUTY)
+        part = hit.leading(tokens)
+        self._last_trial = (part.start, part.stop, budget_s)
+        self._next_trial = now + max(TRIAL_PAUSE_S, self._load.seconds(part.size_bytes) / TRIAL_DUTY)
         return Verdict(tokens, "trial")
 
     def _report(self, hit: Candidate, load_s: float, worth_s: float, declines: bool) -> None:

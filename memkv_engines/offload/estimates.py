@@ -21,10 +21,11 @@ from memkv_engines.limits import (
     ESTIMATE_HALF_LIFE_SAMPLES,
     ESTIMATE_WARM_UP_STEPS,
     MIN_PREFILL_SAMPLE_TOKENS,
+    MIN_PREFILL_SPAN_TOKENS,
 )
 
 # Share by which samples must differ in shape before they can tell the second coefficient from the first.
-_RIDGE = 0.02
+_RIDGE = 0.005
 
 
 class DecayedFit:
@@ -131,8 +132,10 @@ class PrefillCost:
 
     def observe(self, spans: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step computed these spans of tokens, [start, stop) of each request in it, in so many seconds."""
+        spans = list(spans)
         tokens, pairs = _features(spans)
-        if tokens < MIN_PREFILL_SAMPLE_TOKENS or seconds <= 0:
+        prefill = sum(stop - start for start, stop in spans if stop - start >= MIN_PREFILL_SPAN_TOKENS)
+        if prefill < MIN_PREFILL_SAMPLE_TOKENS or 2 * prefill < tokens or seconds <= 0:
             return
         if self._warm_up:
             self._warm_up -= 1
