@@ -191,6 +191,10 @@ class CostGate:
             verdict = self._judge(hit, block_tokens, max(least_tokens, MIN_TRIAL_TOKENS))
             self.counters.add(f"gate_{verdict.reason}")
             self.counters.add("gate_declined_tokens", hit.tokens - verdict.tokens)
+            held = self._lines.admit(verdict.reason) if verdict.tokens < hit.tokens else None
+            if held is not None:
+                text = "cost gate: %d of %d stored tokens are loaded (%s) (%d more such lines held back)"
+                log.info(text, verdict.tokens, hit.tokens, verdict.reason, held)
             return verdict
 
     # --- inside ----------------------------------------------------------------

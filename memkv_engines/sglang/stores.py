@@ -157,6 +157,10 @@ class PageStores:
         store = self.by_pool.get(pool)
         return store.store(keys, prefix, indices) if store is not None and self._config.policy.store else None
 
+    def counters(self) -> dict[str, int]:
+        """What was counted so far, the cost gate's decisions included."""
+        return {**self.client.counters(), **self.gate.gate.counters.as_dict()}
+
     def clear(self) -> None:
         """Remove every chunk of this namespace from the tier. Blocks while it lists the folder, bounded.
 
