@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,10 @@ import numpy as np
 from memkv_engines.errors import GpuError, IoServiceError
 from memkv_engines.log import get_logger
 from memkv_engines.offload.client import IoClient, LoadResult
-from memkv_engines.offload.loading import LoadChunk, expand_run
+from memkv_engines.offload.loading import LoadChunk, LoadOutcome
 from memkv_engines.offload.messages import STOPPED, LoadRun
 from memkv_engines.offload.moving import Mover, Moving
+from memkv_engines.offload.outcomes import LoadTally
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
 
 log = get_logger(__name__)
@@ -27,40 +28,13 @@ _TELLING_CHUNKS = 4
 """The rate of fewer chunks, which were asked for together, tells nothing."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """One load of the engine. ``good`` and ``kinds`` are per run, up to its first bad chunk."""
+    """One load of the engine."""
 
     job_id: int
     deadline: float
-    chunks: list[list[LoadChunk]]
-    good: list[list[int]]
-    kinds: list[list[str]]
-    open_parts: int
-    stop_s: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-    arrived: int = 0
-    arrived_bytes: int = 0
-
-    def must_stop(self) -> bool:
-        """Whether to read no more: it is seen to take longer than it is worth."""
-        elapsed_s = time.monotonic() - self.started
-        if self.arrived >= _TELLING_CHUNKS:
-            elapsed_s *= sum(map(len, self.chunks)) / self.arrived
-        return 0 < self.stop_s < elapsed_s
-
-    def spoilt(self, run: int, index: int) -> bool:
-        """Whether an earlier chunk of the run is bad: what follows it in the chain is of no use."""
-        return any(self.kinds[run][:index])
-
-    def answer(self) -> LoadResult:
-        good, kinds = [], []
-        for goods, whys in zip(self.good, self.kinds, strict=True):
-            bad = next((i for i, kind in enumerate(whys) if kind), None)
-            good.append(sum(goods if bad is None else goods[: bad + 1]))
-            kinds.append("" if bad is None else whys[bad])
-        seconds = time.monotonic() - self.started
-        return LoadResult(self.job_id, tuple(good), tuple(kinds), self.arrived_bytes, seconds)
+    tally: LoadTally
 
 
 @dataclass
@@ -78,7 +52,11 @@ class _Part:
 
     @property
     def chunk(self) -> LoadChunk:
-        return self.job.chunks[self.run][self.index]
+        return self.job.tally.chunks[self.run][self.index]
+
+    @property
+    def is_pointless(self) -> bool:
+        return self.job.tally.is_pointless(self.run, self.index)
 
 
 class DeviceLoads:
@@ -113,21 +91,11 @@ class DeviceLoads:
 
     def submit(self, job_id: int, runs: tuple[LoadRun, ...], stop_s: float = 0.0) -> None:
         """Queue a job; its result will come from ``poll``. Stopped once it is seen to take longer than ``stop_s``."""
-        chunks, whys = [], []
-        for run in runs:
-            try:
-                chunks.append(expand_run(run))
-                whys.append([""] * len(chunks[-1]))
-            except IoServiceError as error:
-                log.warning("load refused: %s", error)
-                chunks.append([])
-                whys.append([error.kind])
-        good = [[0] * len(why) for why in whys]
-        job = _Job(job_id, time.monotonic() + self._timeout_s, chunks, good, whys, sum(map(len, chunks)), stop_s)
+        job = _Job(job_id, time.monotonic() + self._timeout_s, LoadTally(runs, stop_s))
         self.pending += 1
-        if not job.open_parts:
+        if not job.tally.open_chunks:
             self._finish(job)
-        self._waiting += [_Part(job, run, index) for run, found in enumerate(chunks) for index in range(len(found))]
+        self._waiting += [_Part(job, run, index) for run, index in job.tally.places()]
         self._send()
 
     def owns(self, job_id: int) -> bool:
@@ -141,7 +109,7 @@ class DeviceLoads:
             start = 0
             for slot in part.slots:
                 count = max(0, min(slot.blocks, good - start))
-                if count and not part.job.spoilt(part.run, part.index):
+                if count and not part.is_pointless:
                     part.unscattered.append((slot, start, count))
                 else:
                     self._staging.give_back(slot)
@@ -194,13 +162,13 @@ class DeviceLoads:
 
     def _admit(self, part: _Part) -> bool:
         """Give the first part in the queue its slots, or end it where it is of no use; False: it must wait."""
-        job, chunk = part.job, part.chunk
-        late = time.monotonic() >= job.deadline
-        if late or job.spoilt(part.run, part.index):
+        chunk = part.chunk
+        late = time.monotonic() >= part.job.deadline
+        if late or part.is_pointless:
             part.kind = IoServiceError.kind if late else "skipped"
             self._settle(part)
             return True
-        if job.must_stop():
+        if part.job.tally.must_stop(_TELLING_CHUNKS):
             part.kind = STOPPED
             self._settle(part)
             return True
@@ -269,24 +237,16 @@ class DeviceLoads:
         part.good, part.kind = min(part.good, start), "io_error"
 
     def _settle(self, part: _Part) -> None:
-        job = part.job
-        if not part.kind:
-            job.arrived += 1
-            job.arrived_bytes += part.good * self._block_bytes[part.chunk.group]
-        job.good[part.run][part.index], job.kinds[part.run][part.index] = part.good, part.kind
-        job.open_parts -= 1
-        if not job.open_parts:
-            self._finish(job)
+        if part.job.tally.settle(part.run, part.index, LoadOutcome(part.good, part.kind, self._bytes_of(part))):
+            self._finish(part.job)
 
     def _finish(self, job: _Job) -> None:
         self.pending -= 1
-        answer = job.answer()
-        if STOPPED in answer.kinds:
+        good_blocks, kinds = job.tally.answer()
+        if STOPPED in kinds:
             self._client.counters.add("load_stopped")
-        self._results.append(answer)
+        read_bytes = sum(outcome.read_bytes for outcome in job.tally.settled())
+        self._results.append(LoadResult(job.job_id, good_blocks, kinds, read_bytes, job.tally.elapsed_s))
 
-    def busy_slots(self) -> Iterable[PinnedSlot]:
-        """Slots in use, for tests and assertions."""
-        yield from (slot for parts in self._reading.values() for part in parts for slot in part.slots)
-        yield from (move.slot for part in self._placing for move in part.moving)
-        yield from (slot for part in self._placing for slot, _, _ in part.unscattered)
+    def _bytes_of(self, part: _Part) -> int:
+        return part.good * self._block_bytes.get(part.chunk.group, 0)
