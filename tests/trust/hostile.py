@@ -3,10 +3,10 @@
     .venvs/dev/bin/python -m tests.trust.hostile                                 # 1,000,000 inputs and more
     .venvs/dev/bin/python -m tests.trust.hostile --targets "chunk" --inputs 50000 --seed 9
 
-What is tried is in `targets.py`. Where `atheris` can be imported (pip install atheris), libFuzzer mutates inputs, guided
-by the coverage of this package; else this module does, guided by what came out. Every second input is repaired, so that
-it passes the first checks. Each target runs in a process of its own, with a bound on the memory it may take (1 GiB) and
-on the time of an input (10 s).
+What is tried is in `targets.py`. Where `atheris` can be imported (pip install atheris), libFuzzer mutates inputs,
+guided by the coverage of this package; else this module does, guided by what came out. Every second input is repaired,
+so that it passes the first checks. Each target runs in a process of its own, with a bound on the memory it may take (1
+GiB) and on the time of an input (10 s).
 
 Writes build/hostile.json; inputs that broke something are in build/hostile/. Exit status 0: so many inputs, no crash,
 and some accepted by each target; 1: not so; 2: wrong usage.
