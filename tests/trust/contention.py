@@ -69,7 +69,7 @@ def one_engine(variant: Variant, rounds: int, seed: int) -> dict[str, Any]:
     engine = {
         "block_size": variant.block_tokens,
         "kv_cache_memory_bytes": variant.pages * variant.block_tokens * KV_BYTES_PER_TOKEN,
-        "max_model_len": 1024,
+        "max_model_len": 768,
         "max_num_batched_tokens": 512,
         "max_num_seqs": 10,
     }

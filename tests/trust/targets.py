@@ -21,6 +21,7 @@ from memkv_engines.errors import (
 from memkv_engines.offload import messages
 from tests.fast.samples import NAMESPACE, make_name
 from tests.trust.parsers import (
+    PROTECTIONS,
     REPLIES,
     REQUESTS,
     chunk_seeds,
@@ -38,6 +39,7 @@ from tests.trust.parsers import (
     parse_namespace,
     parse_patch,
     parse_policy,
+    parse_protected_chunk,
     parse_quotas,
     parse_request_and_serve,
     parse_usage,
@@ -113,6 +115,13 @@ TARGETS = {
     target.name: target
     for target in (
         Target("chunk", parse_chunk, (ChunkError,), chunk_seeds(), reseal_header),
+        Target(
+            "protected chunk",
+            parse_protected_chunk,
+            (ChunkError,),
+            (*chunk_seeds(PROTECTIONS[0]), *chunk_seeds(PROTECTIONS[1]), *chunk_seeds()[:1]),
+            reseal_header,
+        ),
         Target(
             "chunk name", parse_name, (ChunkForeign,), (make_name().text.encode(), make_name(900, "b").text.encode())
         ),
