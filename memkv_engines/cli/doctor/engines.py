@@ -16,7 +16,17 @@ DOORS = (
     ("sglang", ("0.5.23",), (), "--hicache-storage-backend dynamic with MemKVHiCache"),
 )
 NEEDED = ("numpy", "xxhash", "msgspec", "pyyaml")
-LIBRARIES = ("torch", "lmcache", "cupy-cuda12x", "cupy-cuda13x", "kvikio-cu12", "kvikio-cu13", "nixl-cu12", "nixl-cu13")
+LIBRARIES = (
+    "torch",
+    "lmcache",
+    "cryptography",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "kvikio-cu12",
+    "kvikio-cu13",
+    "nixl-cu12",
+    "nixl-cu13",
+)
 
 
 def version_of(distribution: str) -> str:
@@ -42,7 +52,9 @@ def check() -> Iterator[Finding]:
             AREA, "doors", NOTE, "no engine in this environment", next="run doctor with the engine's own Python"
         )
     others = [f"{name} {version_of(name)}" for name in LIBRARIES if version_of(name)]
-    yield Finding(AREA, "libraries", OK, ", ".join(others) or "none of torch, lmcache, cupy, kvikio, nixl")
+    yield Finding(
+        AREA, "libraries", OK, ", ".join(others) or "none of torch, lmcache, cryptography, cupy, kvikio, nixl"
+    )
 
 
 def _door(name: str, run: tuple[str, ...], checked: tuple[str, ...], option: str) -> Iterator[Finding]:
