@@ -79,7 +79,8 @@ def test_a_quick_tier_is_loaded_from_in_full(runs: Reports) -> None:
 def test_a_tier_that_turns_slow_costs_one_load_that_is_stopped(runs: Reports) -> None:
     first, then = runs["slow at first"], runs["slow"]
     assert (decided(first, *LOADED), decided(first, "load_stopped")) == (1, 1)
-    assert first["cached"][0] < LAST_BLOCK
+    # vLLM's own count of cached tokens keeps those that did not come.
+    assert 0 < decided(first, "load_blocks") < LAST_BLOCK // 32
     assert (decided(then, *LOADED), decided(then, "gate_slower")) == (0, 2)
     assert then["cached"] == [0, 0]
     assert decided(then, "gate_declined_tokens") == 2 * LAST_BLOCK
@@ -95,5 +96,5 @@ def test_a_tier_that_is_well_again_is_noticed(runs: Reports) -> None:
 def test_a_cold_start_on_a_slow_tier_costs_one_load_that_is_stopped(runs: Reports) -> None:
     first, then = runs["cold start"], runs["cold start, then"]
     assert (decided(first, "gate_unmeasured"), decided(first, "load_stopped")) == (1, 1)
-    assert 0 < first["cached"][0] < LAST_BLOCK
+    assert 0 < decided(first, "load_blocks") < LAST_BLOCK // 32
     assert (decided(then, *LOADED), decided(then, "gate_slower")) == (0, 3)
