@@ -11,6 +11,10 @@ the tokens worth most are the last ones; where a part is worth loading, all is w
 so the question is whether L([c, h)) <= P(c, h). (With several levels of different speed the ends of each level's part
 would be candidates, too; there is one.)
 
+What waits before the request is left out on both sides: without a tier, the same requests would wait for each other's
+prefill, and where each load is no longer than the prefill it saves, neither is a queue of them. (Measured loads are
+told from their waiting: ``LoadTicket.ahead_bytes``.)
+
 It is the request's own time to the first token that is decided on. In vLLM a load runs beside the engine's steps and
 costs hardly any time of the device, so for throughput even a slow load is a gain; we promise latency.
 
@@ -96,7 +100,7 @@ class LoadTicket:
         size_bytes: what it shall bring.
         ahead_bytes: what loads before it shall still bring; they share the tier, and are served in order.
         predicted_s: what it should take with its waiting; 0 where that was unknown.
-        stop_s: to be stopped as soon as it is seen to take longer; 0: never.
+        stop_s: to be stopped as soon as it is seen to take longer, from its first chunk on; 0: never.
         overdue_at: when it should long have ended.
     """
 
@@ -135,10 +139,11 @@ class CostGate:
     def load_began(self, hit: Candidate) -> LoadTicket:
         """A load begins; ``load_ended`` must follow, whatever becomes of it."""
         with self._lock:
-            ahead = self._ahead_bytes()
+            ahead = sum(t.size_bytes for t in self._under_way)
             stop_s = self._stop_s(hit) if self.enabled else 0.0
             predicted_s = self._load.seconds(ahead + hit.size_bytes)
-            overdue_at = self._clock() + stop_s + OVERDUE_SLACK_S
+            waits_until = max((t.overdue_at - OVERDUE_SLACK_S for t in self._under_way), default=0.0)
+            overdue_at = max(self._clock(), waits_until) + stop_s + OVERDUE_SLACK_S
             ticket = LoadTicket(hit.size_bytes, ahead, predicted_s, stop_s, overdue_at)
             self._under_way.append(ticket)
             return ticket
@@ -204,9 +209,6 @@ class CostGate:
         self._under_way = [t for t in self._under_way if now < t.overdue_at + FORGET_LOAD_S]
         return any(ticket.overdue_at < now for ticket in self._under_way)
 
-    def _ahead_bytes(self) -> int:
-        return sum(ticket.size_bytes for ticket in self._under_way)
-
     def _worth(self, hit: Candidate) -> float:
         """Seconds of prefill that a load saves."""
         if self._prefill.known:
@@ -225,7 +227,7 @@ class CostGate:
             return Verdict(0, "slower")
         if not self._load.known:
             return Verdict(hit.tokens, "unmeasured")
-        load_s, worth_s = self._load.seconds(self._ahead_bytes() + hit.size_bytes), self._worth(hit)
+        load_s, worth_s = self._load.seconds(hit.size_bytes), self._worth(hit)
         if load_s <= NEGLIGIBLE_LOAD_S:
             return Verdict(hit.tokens, "negligible")
         length = hit.tokens.bit_length()

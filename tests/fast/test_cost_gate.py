@@ -244,7 +244,7 @@ def test_trials_take_a_small_share_of_the_time() -> None:
     assert 0 < trial_s < 2 * TRIAL_DUTY * 3600
 
 
-def test_loads_before_it_count() -> None:
+def test_a_queue_of_loads_is_measured_and_not_judged() -> None:
     world = World(600, quadratic_s=0.0)
     world.warm_up()
     world.request(0, 1000)
@@ -252,11 +252,15 @@ def test_loads_before_it_count() -> None:
     assert world.load_s(5000) < world.prefill_s(0, 5000) < 2 * world.load_s(5000)
     assert world.gate.judge(hit).reason == "faster"
     ticket = world.gate.load_began(hit)
-    assert world.gate.judge(hit).tokens < 5000
+    assert world.gate.judge(hit).reason == "faster", "without a tier it would wait as well"
     other = world.gate.load_began(hit)
     assert (other.ahead_bytes, other.predicted_s) == (500 * MB, pytest.approx(2 * world.load_s(5000)))
     world.gate.load_ended(ticket, 100 * MB, 0.2)
     assert other.ahead_bytes == 100 * MB, "what was stopped was not waited for"
+    assert other.overdue_at == pytest.approx(ticket.overdue_at + other.stop_s)
+    known_s = world.gate._load.seconds(500 * MB)
+    world.gate.load_ended(other, 500 * MB, 600 / 600)
+    assert world.gate._load.seconds(500 * MB) == pytest.approx(known_s, rel=0.01)
 
 
 def test_who_comes_during_the_first_load_waits_for_what_it_tells() -> None:
