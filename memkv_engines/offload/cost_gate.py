@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from memkv_engines.limits import (
     COLD_LOAD_S,
     FORGET_LOAD_S,
+    MAX_TRIAL_OFFERS,
     MIN_TRIAL_TOKENS,
     NEGLIGIBLE_LOAD_S,
     OVERDUE_SLACK_S,
@@ -130,7 +131,8 @@ class CostGate:
         self._under_way: list[LoadTicket] = []
         self._declining: dict[int, bool] = {}
         self._next_trial, self._trials = 0.0, 0
-        self._last_trial = (0, 0, 0.0)
+        # Trials that wait for their load, by start: where they may end, and what they may take.
+        self._offers: dict[int, tuple[int, float]] = {}
         self._lock = threading.Lock()
         self._lines = Throttle()
 
@@ -140,7 +142,8 @@ class CostGate:
         """A load begins; ``load_ended`` must follow, whatever becomes of it."""
         with self._lock:
             ahead = sum(t.size_bytes for t in self._under_way)
-            stop_s = self._stop_s(hit) if self.enabled else 0.0
+            stop_s = max(STOP_FLOOR_S, STOP_MARGIN * max(self._worth(hit), self._take_trial(hit)))
+            stop_s *= self.enabled
             predicted_s = self._load.seconds(ahead + hit.size_bytes)
             waits_until = max((t.overdue_at - OVERDUE_SLACK_S for t in self._under_way), default=0.0)
             overdue_at = max(self._clock(), waits_until) + stop_s + OVERDUE_SLACK_S
@@ -183,7 +186,7 @@ class CostGate:
             return self.enabled and not self._load.known and bool(self._under_way) and not self._overdue()
 
     def judge(self, hit: Candidate, block_tokens: int = 1, least_tokens: int = 0) -> Verdict:
-        """How much of a hit to load. Counts, and may take the turn of a trial: ask once for a request.
+        """How much of a hit to load. Counts: ask once for a request.
 
         Args:
             hit: what could be loaded; not empty.
@@ -215,12 +218,18 @@ class CostGate:
             return self._prefill.seconds(hit.start, hit.stop)
         return max(COLD_LOAD_S, hit.size_bytes / PRIOR_PREFILL_BYTES_PER_S)
 
-    def _stop_s(self, hit: Candidate) -> float:
-        """When a load is to be stopped; a trial has its budget, since it would teach nothing else."""
-        worth_s = self._worth(hit)
-        if self._last_trial[:2] == (hit.start, hit.stop):
-            worth_s = max(worth_s, self._last_trial[2])
-        return max(STOP_FLOOR_S, STOP_MARGIN * worth_s)
+    def _take_trial(self, hit: Candidate) -> float:
+        """What a load may take if it is a trial: more than it saves, since it would teach nothing else; else 0.
+
+        Only a load that begins ends the turn: other ranks, whose turn may come later, must have agreed to it.
+        """
+        stop, budget_s = self._offers.get(hit.start, (0, 0.0))
+        if hit.stop > stop:
+            return 0.0
+        self._offers.clear()
+        self._trials += 1
+        self._next_trial = self._clock() + max(TRIAL_PAUSE_S, self._load.seconds(hit.size_bytes) / TRIAL_DUTY)
+        return budget_s
 
     def _judge(self, hit: Candidate, block_tokens: int, least_tokens: int) -> Verdict:
         if self._overdue():
@@ -244,18 +253,16 @@ class CostGate:
         return self._trial(hit, worth_s, block_tokens, least_tokens) or Verdict(0, "slower")
 
     def _trial(self, hit: Candidate, worth_s: float, block_tokens: int, least_tokens: int) -> Verdict | None:
-        now = self._clock()
-        if now < self._next_trial:
+        if self._clock() < self._next_trial:
             return None
         # Of two sizes, or latency could not be told from bandwidth.
         budget_s = TRIAL_SHARE * worth_s / (1 + self._trials % 2)
-        self._trials += 1
         share = self._load.bytes_in(budget_s) / max(1, hit.size_bytes)
         tokens = max(int(hit.tokens * share), least_tokens)
         tokens = min(-(-tokens // block_tokens) * block_tokens, hit.tokens)
-        part = hit.leading(tokens)
-        self._last_trial = (part.start, part.stop, budget_s)
-        self._next_trial = now + max(TRIAL_PAUSE_S, self._load.seconds(part.size_bytes) / TRIAL_DUTY)
+        if len(self._offers) >= MAX_TRIAL_OFFERS:
+            self._offers.clear()
+        self._offers[hit.start] = (hit.start + tokens, budget_s)
         return Verdict(tokens, "trial")
 
     def _report(self, hit: Candidate, load_s: float, worth_s: float, declines: bool) -> None:

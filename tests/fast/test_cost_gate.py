@@ -232,6 +232,25 @@ def test_noise_does_not_make_it_flap(seed: int, ratio: float) -> None:
     assert world.gate.counters["gate_flips"] <= 12
 
 
+def test_ranks_whose_turns_differ_agree_on_a_trial_all_the_same() -> None:
+    """What is loaded is the least that any rank would load."""
+    world = World(20)
+    world.warm_up()
+    world.request(0, 6000)
+    other = CostGate(enabled=True, clock=world.clock)
+    other._load, other._prefill, other._declining = world.gate._load, world.gate._prefill, {13: True}
+    other._next_trial = world.clock.now + 7.0
+    hit, loaded = Candidate(0, 6000, 600 * MB), 0
+    for _ in range(100):
+        world.clock.now += 0.3
+        tokens = min(gate.judge(hit, 16, least).tokens for gate, least in ((world.gate, 512), (other, 256)))
+        if tokens:
+            loaded += 1
+            for gate in (world.gate, other):
+                gate.load_ended(gate.load_began(hit.leading(tokens)), tokens * TOKEN_BYTES, world.load_s(tokens))
+    assert 1 <= loaded <= 100 * 0.3 / TRIAL_PAUSE_S
+
+
 def test_trials_take_a_small_share_of_the_time() -> None:
     world = World(1, tokens_per_s=50_000)
     world.warm_up()
