@@ -151,8 +151,17 @@ class CostGate:
             self._under_way.append(ticket)
             return ticket
 
-    def load_ended(self, ticket: LoadTicket, read_bytes: int = 0, seconds: float = 0.0) -> None:
-        """A load ended; what it read and how long that took with its waiting. A load that failed tells nothing: 0."""
+    def load_ended(
+        self, ticket: LoadTicket, read_bytes: int = 0, seconds: float = 0.0, *, stopped: bool = False
+    ) -> None:
+        """A load ended.
+
+        Args:
+            ticket: as it began.
+            read_bytes: what it read; 0: it failed, and tells nothing.
+            seconds: how long that took with its waiting.
+            stopped: it was stopped for being slow.
+        """
         with self._lock:
             if ticket not in self._under_way:
                 return  # forgotten: nobody had heard of it for too long
@@ -164,7 +173,10 @@ class CostGate:
             if not self.enabled or read_bytes <= 0 or seconds <= 0:
                 return
             moved = max(0, ticket.ahead_bytes) + read_bytes
-            if ticket.predicted_s and read_bytes >= ticket.size_bytes:
+            if stopped:
+                # To be wrong about this costs a recompute and a trial; to hold on to the past, more such loads.
+                self._load.forget()
+            elif ticket.predicted_s:
                 self.counters.add("gate_error_microseconds", int(abs(seconds - ticket.predicted_s) * 1e6))
             if self._load.known and 2 * seconds < self._load.seconds(moved):
                 # Better than we thought: no need to wait before the next trial.

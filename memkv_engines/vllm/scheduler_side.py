@@ -412,8 +412,8 @@ class SchedulerSide:
             return
         self._gate.step_ended(report.step if isinstance(report, WorkerReport) else 0)
         if isinstance(report, WorkerReport):
-            for job_id, (read_bytes, elapsed_us) in report.measured.items():
-                self._gate.load_measured(job_id, read_bytes, elapsed_us)
+            for job_id, measured in report.measured.items():
+                self._gate.load_measured(job_id, measured)
         for request_id in output.finished_recving or ():
             for job_id in [j for j, p in self._load_plans.items() if p.request_id == request_id]:
                 if not isinstance(report, WorkerReport) or job_id not in report.failed:

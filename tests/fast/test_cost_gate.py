@@ -74,7 +74,7 @@ class World:
             tokens = min(tokens, READERS * CHUNK_TOKENS)
             seconds = self.load_s(tokens)
         self.clock.now += seconds
-        self.gate.load_ended(ticket, tokens * TOKEN_BYTES, seconds)
+        self.gate.load_ended(ticket, tokens * TOKEN_BYTES, seconds, stopped=tokens < candidate.tokens)
         return tokens, seconds
 
     def request(self, start: int, stop: int) -> tuple[Verdict, float]:
@@ -191,6 +191,8 @@ def test_one_bad_minute_is_not_for_ever() -> None:
     for _ in range(5):
         assert world.request(0, 6000)[0].tokens == 6000
     world.mb_per_s = 10
+    assert world.request(0, 6000)[0].tokens == 6000
+    assert world.request(0, 6000)[0].tokens == 0, "one load that was stopped is enough"
     late = sum(world.request(0, 6000)[1] - world.prefill_s(0, 6000) for _ in range(40))
     assert late < 3 * world.load_s(READERS * CHUNK_TOKENS) + 0.1 * 40 * world.prefill_s(0, 6000)
     assert world.request(0, 6000)[0].tokens < 6000

@@ -61,9 +61,9 @@ def test_a_load_counts_when_every_rank_is_done(gating: Any) -> None:
     assert gate.judge(first, 0, 3200) is first, "a request is judged once"
     assert gate.load_began(1, 0, 3200) > 0
     assert gate.judge(None, 0, 640) is None, "who comes during the first load waits for what it tells"
-    gate.load_measured(1, 100 * MIB, 5_000_000)
-    gate.load_measured(1, 100 * MIB, 9_000_000)
-    gate.load_measured(2, 1, 1)
+    gate.load_measured(1, (100 * MIB, 5_000_000, False))
+    gate.load_measured(1, (100 * MIB, 9_000_000, False))
+    gate.load_measured(2, (1, 1, False))
     gate.load_ended(1)
     gate.load_ended(1)
     assert gate._gate._load.seconds(100 * MIB) == pytest.approx(9.0, rel=0.01)
