@@ -16,6 +16,7 @@ from memkv_engines.errors import ConfigError, GpuError, MemKVError, TransferOver
 from memkv_engines.limits import ALIGN_BYTES, GDS_TASK_BYTES, MAX_BLOCKS_PER_CHUNK, MIN_STAGING_SLOTS
 from memkv_engines.offload.moving import DeviceSlot, SlotMover
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import StripedTier
 from memkv_engines.transports.base import DeviceView
 
 _HEADER_BYTES = Geometry(MAX_BLOCKS_PER_CHUNK, 1, 1).header_bytes
@@ -66,7 +67,7 @@ class DeviceSlots:
         self._withheld: list[tuple[DirectSlot, Callable[[], bool]]] = []
         self._lock = threading.Lock()
 
-    def prepare(self, tier: DirectoryTier) -> None:
+    def prepare(self, tier: DirectoryTier | StripedTier) -> None:
         """Register the device memory with the tier's transport, and let it prove there that it moves such memory.
 
         Raises:

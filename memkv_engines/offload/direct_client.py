@@ -22,10 +22,11 @@ from memkv_engines.metrics import Counters
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.device_slots import DeviceSlots
 from memkv_engines.offload.direct_backend import DirectBackend
-from memkv_engines.offload.keeping import Keeper
+from memkv_engines.offload.keeping import start_keepers
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Ready, Setup, StoreChunk
 from memkv_engines.offload.moving import SlotMover
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import StripedTier
 
 log = get_logger(__name__)
 
@@ -60,7 +61,7 @@ class DirectIoClient:
     def __init__(
         self,
         setup: Setup,
-        tier: DirectoryTier,
+        tier: DirectoryTier | StripedTier,
         mover: SlotMover,
         slots: int,
         *,
@@ -92,7 +93,7 @@ class DirectIoClient:
             counters=self.counters,
         )
         # Whoever reserves room is told of pressure: that is this process.
-        self._keeper = None if setup.read_only else Keeper(tier)
+        self._keepers = [] if setup.read_only else start_keepers(tier)
         self._closed = False
 
     def _make_service(self, setup: Setup) -> DirectBackend:
@@ -131,8 +132,8 @@ class DirectIoClient:
         if self._closed:
             return
         self._closed = True
-        if self._keeper is not None:
-            self._keeper.stop()
+        for keeper in self._keepers:
+            keeper.stop()
         self._jobs.close()
         self._finder.close()
         deadline = time.monotonic() + self._fence_timeout_s
