@@ -89,5 +89,5 @@ def test_pages_that_sglang_would_unmap_under_an_offload_are_refused(
     with Bench() as bench:
         bench.linked(tmp_path, 1)
         monkeypatch.setattr(WHERE, lambda pools, _stream: gpu.adopt(b for pool in pools for b in pool.buffers))
-        with pytest.raises(ConfigError, match="enable_memory_saver=True: SGLang unmaps.*--enable-memory-saver"):
+        with pytest.raises(ConfigError, match=r"enable_memory_saver=True: SGLang unmaps.*--enable-memory-saver"):
             bench.linked(tmp_path, 2)

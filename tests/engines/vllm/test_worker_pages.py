@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,10 @@ from memkv_engines.errors import ConfigError, GpuOverdue, LayoutError
 from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient
-from memkv_engines.vllm import compat, geometry, worker_side
+
+with warnings.catch_warnings():  # vLLM's own.
+    warnings.simplefilter("ignore")
+    from memkv_engines.vllm import compat, geometry, worker_side
 
 # -------------------------------------------------------------------------------------------------------------- devices
 
