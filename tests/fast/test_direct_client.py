@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from memkv_engines.chunk.codec import Geometry
-from memkv_engines.errors import ConfigError, GpuOverdue, TransferOverdue, TransportError
+from memkv_engines.errors import ConfigError, TransferOverdue, TransportError
 from memkv_engines.limits import MIB
 from memkv_engines.offload import client as client_module
 from memkv_engines.offload.client import LoadResult, StoreResult
@@ -413,91 +413,3 @@ def test_a_read_only_tier_is_read(quick: Path) -> None:
     reader, _, _ = started_direct(setup_for(quick, [POOL], read_only=True))
     check_load(reader, POOL, make_run(POOL, hashes, range(20, 24)), {20 + i: i for i in range(N)})
     reader.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------- sleep
-
-
-def test_while_the_engine_sleeps_no_page_is_touched_and_then_all_is_as_before(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client, mover, transport = served
-    hashes, calls = chain(N, "kept"), list[str]()
-    assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
-    monkeypatch.setattr(transport, "register", lambda *_, **__: calls.append("register"))
-    monkeypatch.setattr(transport, "deregister", lambda *_: calls.append("deregister"))
-    mover.lagging = {"scatter"}
-    client.submit_load(1, (make_run(POOL, hashes, range(40, 44)),))
-    until(lambda: mover.scatters == 1)
-    client.suspend()
-    assert calls == ["deregister"]
-    POOL.memory[:] ^= 0xFF
-    asleep = POOL.memory.copy()
-    mover.lagging = set()
-    (result,) = results_of(client)
-    assert isinstance(result, LoadResult) and result.kinds != ("",)
-    for _ in range(20):
-        client.poll()
-        assert load(client, make_run(POOL, hashes, range(48, 52))).kinds != ("",)
-    assert store(client, make_store(POOL, chain(N, "asleep"), range(N))) == ("failed",)
-    assert (POOL.memory == asleep).all()
-    assert client.mode == "down"
-    client.wake()
-    assert calls == ["deregister", "register"]
-    check_works(client, mover, "awake")
-    assert load(client, make_run(POOL, hashes, range(48, 52))).kinds == ("",)
-
-
-def test_a_hung_transfer_does_not_keep_the_engine_awake_but_its_memory(served: Served) -> None:
-    client, mover, transport = served
-    hashes = chain(N, "kept")
-    assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
-    transport.gate.clear()
-    client.submit_load(1, (make_run(POOL, hashes, range(40, 44)),))
-    until(lambda: transport.waiting == 1)
-    client.suspend()
-    asleep = POOL.memory.copy()
-    assert client._slots.is_prepared, "the transport may still write there"
-    transport.gate.set()
-    until(lambda: not transport.waiting)
-    results_of(client)
-    assert (POOL.memory == asleep).all()
-    client.wake()
-    check_works(client, mover, "awake")
-
-
-def test_a_copy_that_does_not_end_keeps_the_engine_awake(served: Served) -> None:
-    client, mover, _ = served
-    hashes = chain(N, "kept")
-    assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
-    mover.lagging = {"scatter"}
-    client.submit_load(1, (make_run(POOL, hashes, range(40, 44)),))
-    until(lambda: mover.scatters == 1)
-    mover.hang = "scatter"
-    for ticket in mover.order:
-        ticket.hold = lambda _stream: None  # type: ignore[method-assign]
-    with pytest.raises(GpuOverdue):
-        client.suspend()
-    mover.lagging, mover.hang = set(), ""
-    client.wake()
-    results_of(client)
-    check_works(client, mover, "awake")
-
-
-def test_a_transport_that_does_not_take_our_memory_at_wake_up_leaves_an_engine_that_misses(
-    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    client, _, transport = served
-    client.suspend()
-
-    def refuse(*_: object, **__: object) -> None:
-        raise TransportError("no memory of yours")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(transport, "register", refuse)
-        client.wake()
-    assert "nothing is stored or loaded any more" in caplog.text and "no memory of yours" in caplog.text
-    assert store(client, make_store(POOL, chain(N, "none"), range(N))) == ("failed",)
-    client.wake()
-    until(lambda: client.poll() == [] and client.mode == "process")
-    assert store(client, make_store(POOL, chain(N, "some"), range(N))) == ("stored",)

@@ -46,7 +46,11 @@ AREAS = {
     ),
     "transports": Area(
         ("transports/gds.py", "transports/nixl.py"),
-        ("tests/kernels/transports/test_gds.py", "tests/kernels/transports/test_nixl.py"),
+        (
+            "tests/kernels/transports/test_gds.py",
+            "tests/kernels/transports/test_gds_refusals.py",
+            "tests/kernels/transports/test_nixl.py",
+        ),
         {
             ("gds.py", "installed_version", "except metadata.PackageNotFoundError:"): NO_LIBRARY,
             ("gds.py", "installed_version", "continue"): NO_LIBRARY,
