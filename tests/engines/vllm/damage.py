@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memkv_engines.chunk.checksum import header_digest
-from memkv_engines.chunk.codec import ChunkHeader, decode_header
+from memkv_engines.chunk.codec import ChunkHeader, build_header, decode_header
 
 _VERSION_OFFSET = 8
 _DIGEST_FIRST, _DIGEST_STOP = 496, 512
@@ -120,6 +120,16 @@ def _scramble(file: Path, tier: Path) -> None:
         handle.seek(geometry.header_bytes)
         # Halves of ones: finite numbers of moderate size, so that wrong KV gives wrong tokens and not an error.
         handle.write(b"\x3f" * geometry.payload_bytes)
+
+
+def forge(file: Path) -> None:
+    """Replaces a chunk's payload by other numbers and makes all its digests fit them: only the tokens show that."""
+    header = header_of(file)
+    geometry = header.geometry
+    payload = memoryview(bytearray(b"\x3f" * geometry.payload_bytes))
+    hashes = [entry.chain_hash for entry in header.blocks]
+    made = build_header(header.key, geometry.block_tokens, geometry.block_bytes, hashes, header.first_position, payload)
+    file.write_bytes(made.encode() + payload)
 
 
 KINDS: dict[str, Callable[[Path, Path], None]] = {
