@@ -90,6 +90,8 @@ class MemKVStoragePlugin(StoragePluginInterface):
         self._objects = ObjectStore(ours, arena)
         self._puts = ThreadPoolExecutor(2, thread_name_prefix="memkv-put")
         self._gets = ThreadPoolExecutor(4, thread_name_prefix="memkv-get")
+        if local_cpu_backend is not None:
+            compat.before_memory_goes(local_cpu_backend, self.close)
         log.info("configuration:\n%s", ours.describe())
 
     def __str__(self) -> str:

@@ -254,6 +254,7 @@ def check_lmcache(venv: Path, log: Path) -> None:
     program = (
         "import lmcache.v1.storage_backend.storage_manager, lmcache.v1.distributed.storage_manager\n"
         "import lmcache.v1.multiprocess.http_server, lmcache.integration.vllm.lmcache_mp_connector, memkv_engines\n"
+        "import opentelemetry.exporter.prometheus\n"
     )
     run_logged([python_of(venv), "-c", program], log)
 
