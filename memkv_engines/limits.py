@@ -165,6 +165,7 @@ SMALL_OBJECT_BYTES = MIN_CHUNK_TARGET_BYTES
 BAD_OBJECT_S = 60.0
 """An object that failed to load is not found again for so long, unless it is stored anew."""
 MAX_REMEMBERED_LAYOUTS = 1024
+"""Namespaces and layouts of objects that one process keeps in mind."""
 
 # --- patches for engines -------------------------------------------------------
 MAX_PATCH_BYTES = MIB

@@ -13,6 +13,8 @@ from lmcache import torch_device_type
 from memkv_engines.errors import IdentityError, LayoutError
 from memkv_engines.lmcache.objects import Arena
 
+LOGGER = "lmcache.utils"
+"""One whose handlers print LMCache's lines: it gives them to each module's logger, and none to what is above."""
 _ALIGN_BYTES = 4096
 
 

@@ -30,6 +30,7 @@ from memkv_engines.limits import (
     MAX_BAD_CHUNKS,
     MAX_OBJECT_JOB_BYTES,
     MAX_OBJECT_SIZES,
+    MAX_REMEMBERED_LAYOUTS,
     SERVICE_RESTART_BACKOFF_MAX_S,
     SERVICE_RESTART_BACKOFF_S,
     SMALL_OBJECT_BYTES,
@@ -318,6 +319,8 @@ class ObjectStore:
         """Record namespaces, once each."""
         for namespace in namespaces:
             if namespace.digest not in mover.manifests:
+                if len(mover.manifests) >= MAX_REMEMBERED_LAYOUTS:
+                    mover.manifests.clear()
                 mover.manifests.add(namespace.digest)
                 mover.client.manifest(Manifest(namespace.canonical_json))
                 log.info("namespace %s: %s", namespace.folder, namespace.canonical_json.decode())

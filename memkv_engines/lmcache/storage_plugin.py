@@ -72,7 +72,7 @@ class MemKVStoragePlugin(StoragePluginInterface):
         dst_device: str = "cpu",
     ) -> None:
         super().__init__(dst_device, config, metadata, local_cpu_backend, loop)
-        adopt_handlers("lmcache")
+        adopt_handlers(compat.LOGGER)
         for option, why in _UNSUPPORTED.items():
             if getattr(config, option, False):
                 raise ConfigError(f"{option}=True: {why}; leave it out, or use LMCache's server with MemKVL2Adapter")
@@ -226,9 +226,10 @@ class MemKVStoragePlugin(StoragePluginInterface):
 
     @guarded(refusals=False)
     def _load(self, keys: list[CacheEngineKey], *, wait: bool) -> list[MemoryObj | None] | None:
-        allocated = self._allocate(len(keys), wait=wait)
+        allocated: list[MemoryObj] = []
         good: list[bool] = []
         try:
+            self._allocate(allocated, len(keys), wait=wait)
             good = self._objects.load([self._buffer(key, own) for key, own in zip(keys, allocated, strict=False)])
         finally:
             good += [False] * (len(allocated) - len(good))
@@ -238,9 +239,8 @@ class MemKVStoragePlugin(StoragePluginInterface):
         loaded = [memory if ok else None for memory, ok in zip(allocated, good, strict=True)]
         return loaded + [None] * (len(keys) - len(loaded))
 
-    def _allocate(self, count: int, *, wait: bool) -> list[MemoryObj]:
-        """Memory for some chunks; less if LMCache has no more."""
-        allocated: list[MemoryObj] = []
+    def _allocate(self, allocated: list[MemoryObj], count: int, *, wait: bool) -> None:
+        """Add memory for some chunks; less if LMCache has no more."""
         backend = self.local_cpu_backend
         while backend is not None and len(allocated) < count:
             # It waits for memory only as long as nothing of ours holds any.
@@ -253,7 +253,6 @@ class MemKVStoragePlugin(StoragePluginInterface):
             if memory is None:
                 break
             allocated.append(memory)
-        return allocated
 
     # --- the rest ----------------------------------------------------------------------
 
