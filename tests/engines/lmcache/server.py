@@ -57,7 +57,6 @@ class Server:
             "chunk-size": CHUNK_TOKENS,
             "l1-size-gb": 0.25,
             "eviction-policy": "LRU",
-            "supported-transfer-mode": "lmcache_driven",
             "l2-adapter": json.dumps(adapter),
         }
         words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
@@ -102,7 +101,7 @@ class Server:
 
     def connector(self) -> dict[str, Any]:
         """Extra config of LMCache's connector."""
-        return {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": self.port}
+        return {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": self.port, "lmcache.mp.mq_timeout": 60}
 
     def stop(self) -> int:
         """End it as a service manager does; returns its exit code."""
