@@ -22,6 +22,7 @@ import numpy as np
 from memkv_engines.chunk.layout import align_up
 from memkv_engines.config import Config, split_paths
 from memkv_engines.doors.io_client import worker_client
+from memkv_engines.doors.protection import protection_spec
 from memkv_engines.errors import IoServiceError, MemKVError, TierUnavailable
 from memkv_engines.keys import ChunkKey, Namespace, Shard
 from memkv_engines.limits import (
@@ -147,6 +148,7 @@ class ObjectStore:
                     io_threads=1,
                     staging_bytes=0,
                     eviction=config.tier.eviction,
+                    protection=protection_spec(config),
                 ),
                 io_process=config.io.io_process,
                 load_timeout_ms=config.io.load_timeout_ms,

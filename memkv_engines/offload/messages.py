@@ -9,6 +9,9 @@ import msgspec
 from memkv_engines.errors import IoServiceError
 from memkv_engines.limits import HASH_BYTES
 
+STOPPED = "stopped"
+"""Why a load ended early: nothing was wrong, it was too slow (``Load.stop_us``)."""
+
 
 class TileSpec(msgspec.Struct, frozen=True, array_like=True):
     """One tile of a group's pages, see ``chunk.layout.Tile``."""
@@ -34,11 +37,22 @@ class GroupSpec(msgspec.Struct, frozen=True):
     tiles: tuple[TileSpec, ...] = ()
 
 
+class ProtectionSpec(msgspec.Struct, frozen=True):
+    """The user's key, on its way to the process that uses it; ``repr`` does not show it."""
+
+    encrypt: bool
+    key: bytes
+
+    def __repr__(self) -> str:
+        return f"ProtectionSpec(encrypt={self.encrypt}, key=set)"
+
+
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
     """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory.
 
     ``transport`` to ``staging_medium`` are the policy of ``transports.select``; ``kv_on_gpu`` tells where the engine's
     pages are. A service that only probes reads headers, for which posix is as good as any.
+    ``protection`` is None where chunks are neither authenticated nor encrypted.
     ``mount_points`` is empty at the first start. Later ones must find the directories where they were (``places``).
     """
 
@@ -59,6 +73,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     staging_medium: str = "auto"
     kv_on_gpu: bool = False
     mount_points: tuple[str, ...] = ()
+    protection: ProtectionSpec | None = None
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -101,10 +116,14 @@ class Store(msgspec.Struct, frozen=True, tag="store"):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Read, verify, scatter; runs of a group are in chain order."""
+    """Read, verify, scatter; runs of a group are in chain order.
+
+    With ``stop_us`` no more chunks are read once the whole is seen to take longer; 0: never.
+    """
 
     job_id: int
     runs: tuple[LoadRun, ...]
+    stop_us: int = 0
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

@@ -125,7 +125,7 @@ def test_keys_of_a_weak_hash_are_not_used(tier: Path, caplog: pytest.LogCaptureF
 
 # ------------------------------------------------------------------------------------------------ damage
 
-DAMAGE = [kind for kind in damage.KINDS if kind not in ("other_namespace", "owner")]
+DAMAGE = [kind for kind in damage.KINDS if kind not in ("other_namespace", "owner", "plant")]
 
 
 def test_no_damage_is_ever_loaded(tier: Path) -> None:
