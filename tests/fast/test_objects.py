@@ -66,9 +66,9 @@ def memory() -> Memory:
     return Memory()
 
 
-def config_of(folder: Path, **other: object) -> Config:
+def config_of(folder: Path, environ: dict[str, str] | None = None, **other: object) -> Config:
     keys = {"path": str(folder), "direct_io": "off", "io_process": "off", "io_threads": 2, "staging_bytes": 16 << 20}
-    return load_config({**keys, **other}, environ={})
+    return load_config({**keys, **other}, environ=environ or {})
 
 
 @pytest.fixture
@@ -110,9 +110,8 @@ def test_only_in_an_arena_may_blocks_be_longer_than_their_distance() -> None:
 # ---------------------------------------------------------------------------------------------------------- transfers
 
 
-@pytest.mark.parametrize("io_process", ["off", "on"])
-def test_objects_come_back_to_other_places(io_process: str, quick: Path, memory: Memory) -> None:
-    sizes = [100_000, 100_000, 4096, 1]
+@pytest.mark.parametrize(("io_process", "sizes"), [("off", [100_000, 100_000, 4096, 1]), ("on", [100_000] * 4)])
+def test_objects_come_back_to_other_places(io_process: str, sizes: list[int], quick: Path, memory: Memory) -> None:
     first = ObjectStore(config_of(quick, io_process=io_process), memory.arena)
     stored = [memory.buffer(name(i), 30 * i + 1, size, i) for i, size in enumerate(sizes)]
     assert first.store(stored) == ["stored"] * 4 and first.store(stored) == ["present"] * 4
@@ -166,6 +165,26 @@ def test_a_failed_object_is_found_again_after_a_while(
     monkeypatch.setattr(objects, "BAD_OBJECT_S", 0.0)
     store._mark_bad(name(1))
     assert store.find([name(1)]) == [True]
+
+
+def test_objects_are_protected_as_all_chunks_are(quick: Path, memory: Memory) -> None:
+    def protected(digit: str) -> ObjectStore:
+        environ = {"MEMKV_ENGINES_PROTECTION_KEY": hashlib.sha256(digit.encode()).hexdigest()}
+        return ObjectStore(config_of(quick, environ, protection="encrypt"), memory.arena)
+
+    stored, fresh = memory.buffer(name(1), 0, 5000, 1), memory.buffer(name(1), 8, 5000)
+    results = []
+    for digit, call in (("1", "store"), ("2", "load"), ("1", "load")):
+        one = protected(digit)
+        results.append(one.store([stored]) if call == "store" else one.load([fresh]))
+        one.close()
+        if call == "store":
+            (file,) = quick.rglob("*.kv")
+            aside = file.read_bytes()
+            assert memory.bytes[:5000].tobytes() not in aside
+        # The wrong key may have removed it.
+        file.write_bytes(aside)
+    assert results == [["stored"], [False], [True]] and memory.holds(fresh, 1)
 
 
 def test_removal(store: ObjectStore, memory: Memory) -> None:
