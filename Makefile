@@ -10,7 +10,7 @@ DEVICE := .venvs/device/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test faults lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
+.PHONY: help demo demo-sglang test faults lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device env-lmcache clean \
 	kernels test-kernels sass-table test-gpu bench-gpu
 
 help: ## show this list
@@ -81,6 +81,9 @@ env-sglang:
 
 env-device:
 	@$(PYTHON) tests/environments/build.py device
+
+env-lmcache:
+	@$(PYTHON) tests/environments/build.py lmcache
 
 clean: ## remove environments, models, logs and caches
 	rm -rf .venvs .models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
