@@ -1,0 +1,279 @@
+"""One engine's contestants, from their start to their end, in that engine's environment.
+
+    python -m benchmarks.compare.stage vllm --profile tiny --output build/compare/vllm.json --folder build
+
+Started by `benchmarks.compare`; writes its JSON as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.compare.driver import RAG, REPETITION, Clock, Driver, Say
+from benchmarks.compare.names import (
+    LMCACHE_FS,
+    LMCACHE_MEMKV,
+    MEMKV,
+    NATIVE,
+    NO_CACHE,
+    NO_STORAGE,
+    PREFIX_CACHE,
+    SGLANG_SIDES,
+    THROTTLED,
+    VLLM_SIDES,
+)
+from benchmarks.compare.plan import PROFILES, Documents, Profile
+from benchmarks.compare.prompts import Corpus, prefix_repetition, rag
+from benchmarks.compare.record import Record
+from benchmarks.compare.side import Side, SideFailed
+from benchmarks.demo_sglang import Say as Clocked
+from tests.environments.engine_env import ROOT
+
+LOGS = ROOT / "build" / "logs"
+WARM_UP_TOKENS = 256
+# Rounds of second visits that judgements cannot do without; the others wait until all workloads were run.
+NEEDED_ROUNDS = 2
+PACKAGES = ("vllm", "sglang", "lmcache", "torch", "transformers")
+
+
+def vllm_sides(profile: Profile, names: Sequence[str], model: Path, scratch: Path, record: Record) -> list[Side]:
+    """Starts vLLM's contestants; one that cannot even be started is noted."""
+    from benchmarks.compare import vllm_sides as sides
+    from benchmarks.engine_run import EngineSpec
+
+    environment = {"PYTHONPATH": str(ROOT)}
+    if profile.light:
+        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+
+    def spec(*, prefix_caching: bool = True) -> EngineSpec:
+        return EngineSpec(
+            str(model),
+            profile.dtype,
+            threads=",".join(map(str, sorted(os.sched_getaffinity(0)))),
+            arguments={
+                "max_model_len": profile.max_model_len,
+                "block_size": profile.block_size,
+                "kv_cache_memory_bytes": profile.kv_bytes,
+                "max_num_batched_tokens": 8192,
+                "enable_prefix_caching": prefix_caching,
+            },
+            environment=environment,
+        )
+
+    def folder(name: str) -> Path:
+        made = scratch / name.replace(" ", "-").replace(",", "")
+        made.mkdir(exist_ok=True)
+        return made
+
+    def log(name: str) -> Path:
+        return LOGS / f"compare-{name.replace(' ', '-').replace(',', '').replace('/', '')}.log"
+
+    makers = {
+        NO_CACHE: lambda: sides.VllmSide(NO_CACHE, spec(prefix_caching=False), None, log(NO_CACHE)),
+        PREFIX_CACHE: lambda: sides.VllmSide(PREFIX_CACHE, spec(), None, log(PREFIX_CACHE)),
+        NATIVE: lambda: sides.NativeSide(spec(), folder(NATIVE), log(NATIVE)),
+        LMCACHE_FS: lambda: sides.LMCacheSide(
+            LMCACHE_FS, spec(), sides.fs_adapter(folder(LMCACHE_FS)), folder(LMCACHE_FS), LOGS
+        ),
+        LMCACHE_MEMKV: lambda: sides.LMCacheSide(
+            LMCACHE_MEMKV, spec(), sides.memkv_adapter(folder(LMCACHE_MEMKV)), folder(LMCACHE_MEMKV), LOGS
+        ),
+        MEMKV: lambda: sides.MemKVSide(spec(), folder(MEMKV), log(MEMKV)),
+        THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log(THROTTLED)),
+    }
+    # LMCache's servers must be up before their engines can start: they go first.
+    first = [name for name in (LMCACHE_FS, LMCACHE_MEMKV) if name in names]
+    order = [*first, *(name for name in makers if name not in first)]
+    return _made({name: makers[name] for name in order}, names, record)
+
+
+def sglang_sides(profile: Profile, names: Sequence[str], model: Path, scratch: Path, record: Record) -> list[Side]:
+    """Starts SGLang's contestants."""
+    from benchmarks.compare import sglang_sides as sides
+
+    arguments = {
+        "dtype": "float32" if profile.light else profile.dtype,
+        "page_size": 16 if profile.light else 64,
+        "max_total_tokens": profile.sglang_pool_tokens,
+        "context_length": 2048 if profile.light else 8192,
+        "hicache_ratio": 2.0,
+        "disable_overlap_schedule": profile.light,
+        # An idle engine must leave the cores to the one that works.
+        "sleep_on_idle": True,
+    }
+
+    def make(name: str) -> Side:
+        folder = None if name == NO_STORAGE else scratch / name.replace(" ", "-").replace(",", "")
+        if folder:
+            folder.mkdir()
+        log = LOGS / f"compare-{name.replace(' ', '-').replace(',', '')}.log"
+        kind = "tiny-sg-llama" if profile.light else profile.model
+        return sides.SglangSide(name, kind, arguments, folder, log, light=profile.light)
+
+    return _made({name: (lambda name=name: make(name)) for name in SGLANG_SIDES}, names, record)
+
+
+def _made(makers: dict[str, Any], names: Sequence[str], record: Record) -> list[Side]:
+    found = []
+    for name, make in makers.items():
+        if name not in names:
+            continue
+        record.add_side(name, "")
+        try:
+            side = make()
+        except (SideFailed, RuntimeError, OSError) as error:
+            record.fail(name, "start", error)
+            continue
+        record.set_side(name, what=side.what)
+        found.append(side)
+    record.save()
+    return found
+
+
+def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, clock: Clock, record: Record, say: Say) -> None:
+    """All workloads in vLLM: what is needed first, more rounds of it while there is time."""
+    plan = profile.documents
+    driver.start([corpus.take(min(WARM_UP_TOKENS, profile.max_model_len // 2)) for _ in VLLM_SIDES])
+    documents = {
+        f"document {number}, {length} tokens": corpus.take(length) for number, length in enumerate(plan.lengths, 1)
+    }
+    say("documents: first visits")
+    driver.documents_first(documents, plan, MEMKV, profile.block_size)
+    say("documents: second visits")
+    driver.documents_again(documents, plan, 1, driver.all_sides())
+    more_visits(driver, plan, documents, range(2, NEEDED_ROUNDS + 1), say)
+    driver.forget_all()
+    say("conversations")
+    driver.conversations(profile.conversations, corpus, cold=False)
+    driver.forget_all()
+    say("RAG")
+    one = profile.rag
+    prompts = rag(
+        corpus,
+        system_tokens=one.system_tokens,
+        passages=one.passages,
+        passage_tokens=one.passage_tokens,
+        per_request=one.per_request,
+        question_tokens=one.question_tokens,
+        requests=one.requests,
+    )
+    driver.requests(RAG, prompts, one.together, one.answer_tokens)
+    driver.forget_all()
+    say("prefix repetition")
+    two = profile.prefix_repetition
+    prompts = prefix_repetition(
+        corpus.vocabulary,
+        prefixes=two.prefixes,
+        prefix_tokens=two.prefix_tokens,
+        suffix_tokens=two.suffix_tokens,
+        prompts=two.prompts,
+    )
+    driver.requests(REPETITION, prompts, two.together, two.answer_tokens)
+    for number in range(NEEDED_ROUNDS + 1, max(plan.restores, plan.gate_rounds) + 1):
+        if clock.is_late():
+            record.note(f"documents: out of time before round {number} of second visits")
+            break
+        more_visits(driver, plan, documents, [number], say)
+
+
+def more_visits(
+    driver: Driver, plan: Documents, documents: Mapping[str, Sequence[int]], rounds: Iterable[int], say: Say
+) -> None:
+    """Further rounds: restores of the longest documents, and hits on all others against recomputing them."""
+    longest = {unit: prompt for unit, prompt in documents.items() if len(prompt) == plan.longest}
+    shorter = {unit: prompt for unit, prompt in documents.items() if len(prompt) < plan.longest}
+    for number in rounds:
+        say(f"documents: round {number} of second visits")
+        if number <= plan.restores:
+            driver.documents_again(longest, plan, number, driver.storing())
+        if number <= plan.gate_rounds:
+            driver.documents_again(shorter, plan, number, [PREFIX_CACHE, MEMKV, THROTTLED])
+
+
+def run_sglang(driver: Driver, profile: Profile, corpus: Corpus, say: Say) -> None:
+    """Conversations in SGLang."""
+    driver.start([corpus.take(WARM_UP_TOKENS) for _ in SGLANG_SIDES])
+    say("conversations")
+    driver.conversations(profile.sglang, corpus, cold=True)
+
+
+def model_of(stage: str, profile: Profile) -> Path:
+    """Returns the model's folder, built where it is not there."""
+    if stage == "sglang":
+        from tests.environments.sglang_models import ensure_model as ensure_sglang_model
+
+        return ensure_sglang_model("tiny-sg-llama" if profile.light else profile.model)
+    from tests.environments.models import ensure_model
+
+    return ensure_model(profile.model)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what takes part, as far as this environment has it."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a stage; returns 0 when no side failed."""
+    # Whoever ends this with SIGTERM ends the engines too, and nothing stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("stage", choices=("vllm", "sglang"))
+    parser.add_argument("--profile", choices=PROFILES, default="default")
+    parser.add_argument("--sides", type=lambda text: text.split(";"), help="names, separated by semicolons")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="where the sides store; emptied afterwards")
+    parsed = parser.parse_args(arguments)
+    profile, is_vllm = PROFILES[parsed.profile], parsed.stage == "vllm"
+    names = parsed.sides or (VLLM_SIDES if is_vllm else SGLANG_SIDES)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    parsed.folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="compare-", dir=parsed.folder))
+    say = Clocked()
+    ticks = harness.cpu_ticks()
+    environment = {**harness.environment(scratch), "versions": versions()}
+    head = {"stage": parsed.stage, "profile": asdict(profile), "environment": environment}
+    record = Record(parsed.output, head)
+    driver: Driver | None = None
+    try:
+        model = model_of(parsed.stage, profile)
+        make = vllm_sides if is_vllm else sglang_sides
+        clock = Clock(profile.vllm_minutes if is_vllm else profile.sglang_minutes)
+        driver = Driver(make(profile, names, model, scratch, record), record, clock, say)
+        if is_vllm:
+            run_vllm(driver, profile, Corpus(model), clock, record, say)
+        else:
+            run_sglang(driver, profile, Corpus(model), say)
+        record.body["environment"]["stolen_share"] = harness.stolen_share(ticks, harness.cpu_ticks())
+        record.body["complete"] = True
+        driver.finish()
+    finally:
+        if driver is not None:
+            driver.close()
+        record.save()
+        shutil.rmtree(scratch, ignore_errors=True)
+    failed = [name for name, side in record.body["sides"].items() if side["status"] == "failed"]
+    for name in failed:
+        print(f"FAILED: {name}: {record.body['sides'][name]['error'].splitlines()[0]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
