@@ -17,6 +17,7 @@ from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient, slots_needed
 from memkv_engines.offload.huge_pages import advise_huge_pages
+from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import GroupSpec, Setup
 from memkv_engines.offload.pinned import PinnedStaging
 from memkv_engines.tier.directory import DirectoryTier
@@ -48,7 +49,7 @@ def worker_client(
     stores: bool,
     counters: Counters | None = None,
     pages: DevicePages | None = None,
-) -> IoClient | DeviceIoClient | DirectIoClient:
+) -> JobClient:
     """A client that is not started yet. With pages on a device: blocks for the choice of a transport, seconds at worst.
 
     Args:

@@ -120,6 +120,14 @@ def error_text(word: int) -> str:
     return ", ".join(known + ([f"unknown bits {rest:#x}"] if rest else []))
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A copy kernel, and its variant with bulk copies where the device has them."""
+
+    plain: int
+    bulk: int | None
+
+
 class Kernels:
     """The loaded kernels of one device. Blocking construction; launches only queue.
 
@@ -140,13 +148,10 @@ class Kernels:
         self._digest_ctas = min(GPU_DIGEST_CTAS, driver.multiprocessors)
         self._module, self.origin = load_kernels(driver)
         try:
-            self._gather = self._function("memkv_gather", COPY_ARGS)
-            self._scatter = self._function("memkv_scatter", COPY_ARGS)
+            bulk = bulk and driver.capability >= _BULK_CAPABILITY
+            self._gather = self._pair("memkv_gather", bulk=bulk)
+            self._scatter = self._pair("memkv_scatter", bulk=bulk)
             self._digests = self._function("memkv_leaf_digests", DIGEST_ARGS)
-            self._bulk = bulk and driver.capability >= _BULK_CAPABILITY
-            if self._bulk:
-                self._gather_bulk = self._function("memkv_gather_bulk", COPY_ARGS, _BULK_SHARED_BYTES)
-                self._scatter_bulk = self._function("memkv_scatter_bulk", COPY_ARGS, _BULK_SHARED_BYTES)
         except GpuError:
             self.close()
             raise
@@ -173,36 +178,14 @@ class Kernels:
             GpuError: an argument is wrong (nothing was queued) or the driver failed (some of it may have been).
         """
         self._check_copy(tiles, ids, chunk, chunk_bytes, first_index, error)
-        bulk = self._bulk and tiles.bulk
-        self._copy(
-            self._gather_bulk if bulk else self._gather,
-            bulk,
-            tiles,
-            ids,
-            chunk,
-            chunk_bytes,
-            first_index,
-            error,
-            stream,
-        )
+        self._copy(self._gather, tiles, ids, chunk, chunk_bytes, first_index, error, stream)
 
     def scatter(
         self, tiles: DeviceTiles, ids: Ids, chunk: int, chunk_bytes: int, first_index: int, error: int, stream: int
     ) -> None:
         """Queue the copy of blocks of a chunk into pages; arguments as for ``gather``, ids distinct."""
         self._check_copy(tiles, ids, chunk, chunk_bytes, first_index, error, distinct=True)
-        bulk = self._bulk and tiles.bulk
-        self._copy(
-            self._scatter_bulk if bulk else self._scatter,
-            bulk,
-            tiles,
-            ids,
-            chunk,
-            chunk_bytes,
-            first_index,
-            error,
-            stream,
-        )
+        self._copy(self._scatter, tiles, ids, chunk, chunk_bytes, first_index, error, stream)
 
     def leaf_digests(
         self,
@@ -245,8 +228,7 @@ class Kernels:
 
     def _copy(
         self,
-        function: int,
-        bulk: bool,
+        pair: _Pair,
         tiles: DeviceTiles,
         ids: Ids,
         chunk: int,
@@ -258,7 +240,10 @@ class Kernels:
         args = np.zeros((), dtype=COPY_ARGS)
         args["tiles"], args["tile_count"], args["num_blocks"] = tiles.address, tiles.count, tiles.num_blocks
         args["chunk"], args["chunk_bytes"], args["error"] = chunk, chunk_bytes, error
-        threads, shared_bytes = (_BULK_THREADS, _BULK_SHARED_BYTES) if bulk else (_THREADS, 0)
+        bulk = pair.bulk if tiles.bulk else None
+        function, threads, shared_bytes = (
+            (pair.plain, _THREADS, 0) if bulk is None else (bulk, _BULK_THREADS, _BULK_SHARED_BYTES)
+        )
         for start in range(0, ids.size, GPU_INLINE_IDS):
             part = ids[start : start + GPU_INLINE_IDS]
             args["block_count"], args["first_index"] = part.size, first_index + start
@@ -285,6 +270,10 @@ class Kernels:
         end = (first_index + ids.size - 1) * tiles.stride_bytes + tiles.block_bytes
         if first_index < 0 or end > chunk_bytes:
             raise GpuError(f"{ids.size} blocks from index {first_index} on need {end} B; the chunk has {chunk_bytes} B")
+
+    def _pair(self, name: str, *, bulk: bool) -> _Pair:
+        plain = self._function(name, COPY_ARGS)
+        return _Pair(plain, self._function(f"{name}_bulk", COPY_ARGS, _BULK_SHARED_BYTES) if bulk else None)
 
     def _function(self, name: str, argument: np.dtype[Any], shared_bytes: int = 0) -> int:
         function = self._driver.function(self._module, name)

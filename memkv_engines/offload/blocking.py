@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from memkv_engines.errors import IoServiceError
 from memkv_engines.limits import PROBE_SILENCE_MAX_S, PROBE_SILENCE_S
 from memkv_engines.offload.breaker import Breaker
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
-from memkv_engines.offload.device_client import DeviceIoClient
-from memkv_engines.offload.direct_client import DirectIoClient
+from memkv_engines.offload.client import LoadResult, StoreResult
+from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Segment, StoreChunk
 
 Answer = LoadResult | StoreResult | ProbeDone
@@ -33,7 +32,7 @@ class BlockingClient:
         store_timeout_s: age at which a store is given up and the service ended; loads have the client's own.
     """
 
-    def __init__(self, client: IoClient | DeviceIoClient | DirectIoClient, store_timeout_s: float = 30.0) -> None:
+    def __init__(self, client: JobClient, store_timeout_s: float = 30.0) -> None:
         self._client = client
         self._store_timeout_s = store_timeout_s
         self._lock = threading.Lock()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,36 +16,22 @@ import numpy as np
 from memkv_engines.errors import GpuError, IoServiceError
 from memkv_engines.log import get_logger
 from memkv_engines.offload.client import IoClient, LoadResult
-from memkv_engines.offload.loading import LoadChunk, expand_run
+from memkv_engines.offload.loading import LoadChunk, LoadOutcome
 from memkv_engines.offload.messages import LoadRun
 from memkv_engines.offload.moving import Mover, Moving
+from memkv_engines.offload.outcomes import LoadTally
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
 
 log = get_logger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """One load of the engine. ``good`` and ``kinds`` are per run, up to its first bad chunk."""
+    """One load of the engine."""
 
     job_id: int
     deadline: float
-    chunks: list[list[LoadChunk]]
-    good: list[list[int]]
-    kinds: list[list[str]]
-    open_parts: int
-
-    def spoilt(self, run: int, index: int) -> bool:
-        """Whether an earlier chunk of the run is bad: what follows it in the chain is of no use."""
-        return any(self.kinds[run][:index])
-
-    def answer(self) -> LoadResult:
-        good, kinds = [], []
-        for goods, whys in zip(self.good, self.kinds, strict=True):
-            bad = next((i for i, kind in enumerate(whys) if kind), None)
-            good.append(sum(goods if bad is None else goods[: bad + 1]))
-            kinds.append("" if bad is None else whys[bad])
-        return LoadResult(self.job_id, tuple(good), tuple(kinds))
+    tally: LoadTally
 
 
 @dataclass
@@ -63,7 +49,11 @@ class _Part:
 
     @property
     def chunk(self) -> LoadChunk:
-        return self.job.chunks[self.run][self.index]
+        return self.job.tally.chunks[self.run][self.index]
+
+    @property
+    def is_pointless(self) -> bool:
+        return self.job.tally.is_pointless(self.run, self.index)
 
 
 class DeviceLoads:
@@ -97,21 +87,11 @@ class DeviceLoads:
 
     def submit(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
         """Queue a job; its result will come from ``poll``."""
-        chunks, whys = [], []
-        for run in runs:
-            try:
-                chunks.append(expand_run(run))
-                whys.append([""] * len(chunks[-1]))
-            except IoServiceError as error:
-                log.warning("load refused: %s", error)
-                chunks.append([])
-                whys.append([error.kind])
-        good = [[0] * len(why) for why in whys]
-        job = _Job(job_id, time.monotonic() + self._timeout_s, chunks, good, whys, sum(map(len, chunks)))
+        job = _Job(job_id, time.monotonic() + self._timeout_s, LoadTally(runs))
         self.pending += 1
-        if not job.open_parts:
+        if not job.tally.open_chunks:
             self._finish(job)
-        self._waiting += [_Part(job, run, index) for run, found in enumerate(chunks) for index in range(len(found))]
+        self._waiting += [_Part(job, run, index) for run, index in job.tally.places()]
         self._send()
 
     def owns(self, job_id: int) -> bool:
@@ -125,7 +105,7 @@ class DeviceLoads:
             start = 0
             for slot in part.slots:
                 count = max(0, min(slot.blocks, good - start))
-                if count and not part.job.spoilt(part.run, part.index):
+                if count and not part.is_pointless:
                     part.unscattered.append((slot, start, count))
                 else:
                     self._staging.give_back(slot)
@@ -178,9 +158,9 @@ class DeviceLoads:
 
     def _admit(self, part: _Part) -> bool:
         """Give the first part in the queue its slots, or end it where it is of no use; False: it must wait."""
-        job, chunk = part.job, part.chunk
-        late = time.monotonic() >= job.deadline
-        if late or job.spoilt(part.run, part.index):
+        chunk = part.chunk
+        late = time.monotonic() >= part.job.deadline
+        if late or part.is_pointless:
             part.kind = IoServiceError.kind if late else "skipped"
             self._settle(part)
             return True
@@ -249,18 +229,9 @@ class DeviceLoads:
         part.good, part.kind = min(part.good, start), "io_error"
 
     def _settle(self, part: _Part) -> None:
-        job = part.job
-        job.good[part.run][part.index], job.kinds[part.run][part.index] = part.good, part.kind
-        job.open_parts -= 1
-        if not job.open_parts:
-            self._finish(job)
+        if part.job.tally.settle(part.run, part.index, LoadOutcome(part.good, part.kind, 0)):
+            self._finish(part.job)
 
     def _finish(self, job: _Job) -> None:
         self.pending -= 1
-        self._results.append(job.answer())
-
-    def busy_slots(self) -> Iterable[PinnedSlot]:
-        """Slots in use, for tests and assertions."""
-        yield from (slot for parts in self._reading.values() for part in parts for slot in part.slots)
-        yield from (move.slot for part in self._placing for move in part.moving)
-        yield from (slot for part in self._placing for slot, _, _ in part.unscattered)
+        self._results.append(LoadResult(job.job_id, *job.tally.answer()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,28 +18,17 @@ from memkv_engines.metrics import Counters
 from memkv_engines.offload.client import IoClient, StoreResult
 from memkv_engines.offload.messages import StoreChunk
 from memkv_engines.offload.moving import Mover, Moving
+from memkv_engines.offload.outcomes import StoreTally
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
 
 log = get_logger(__name__)
 
 
 @dataclass
-class _Job:
-    """One store of the engine: outcome per chunk, empty while it is open."""
-
-    job_id: int
-    outcomes: list[str]
-
-    @property
-    def ended(self) -> bool:
-        return all(self.outcomes)
-
-
-@dataclass
 class _Part:
     """One chunk of a job. ``spoilt``: its pages may have changed while they were read."""
 
-    job: _Job
+    job: StoreTally
     index: int
     chunk: StoreChunk
     moving: Moving
@@ -51,7 +40,7 @@ class _Part:
 class _Unstarted:
     """One chunk of a job that found no room yet, on the device or in the staging."""
 
-    job: _Job
+    job: StoreTally
     index: int
     chunk: StoreChunk
 
@@ -95,16 +84,16 @@ class DeviceStores:
 
     def submit(self, job_id: int, chunks: tuple[StoreChunk, ...]) -> None:
         """Queue the gathers behind what the engine's stream has been given so far."""
-        job = _Job(job_id, [""] * len(chunks))
         self.pending += 1
+        if not chunks:
+            self._finish(StoreResult(job_id, ()))
+        job = StoreTally(job_id, len(chunks))
         for index, chunk in enumerate(chunks):
             if 0 < len(chunk.block_ids) <= self._staging.blocks_per_slot(chunk.group):
                 self._unstarted.append(_Unstarted(job, index, chunk))
             else:
                 log.warning("store refused: group %d, %d blocks", chunk.group, len(chunk.block_ids))
                 self._lose(job, index, "failed")
-        if not chunks:
-            self._finish(job)
         self._start()
 
     def owns(self, job_id: int) -> bool:
@@ -176,11 +165,6 @@ class DeviceStores:
             if not part.moving.wait(max(0.0, deadline - time.monotonic())):
                 part.spoilt = True
 
-    def busy_slots(self) -> Iterable[PinnedSlot]:
-        """Slots in use, for tests and assertions."""
-        yield from (part.moving.slot for part in self._gathering)
-        yield from (slot for sent in self._writing.values() for slot in sent.slots)
-
     # --- inside --------------------------------------------------------------
 
     def _start(self) -> None:
@@ -226,16 +210,16 @@ class DeviceStores:
             self._staging.give_back(slot)
         sent.slots = []
 
-    def _lose(self, job: _Job, index: int, outcome: str) -> None:
+    def _lose(self, job: StoreTally, index: int, outcome: str) -> None:
         """A chunk that never reached the I/O service, which counts the others."""
         self._counters.add(f"store_{outcome}")
         self._settle(job, index, outcome)
 
-    def _settle(self, job: _Job, index: int, outcome: str) -> None:
-        job.outcomes[index] = outcome
-        if job.ended:
-            self._finish(job)
+    def _settle(self, job: StoreTally, index: int, outcome: str) -> None:
+        answer = job.settle(index, outcome)
+        if answer is not None:
+            self._finish(StoreResult(answer.job_id, answer.outcomes))
 
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, result: StoreResult) -> None:
         self.pending -= 1
-        self._results.append(StoreResult(job.job_id, tuple(job.outcomes)))
+        self._results.append(result)

@@ -8,10 +8,9 @@ chunk is written, so that a step stores at most what the slots hold.
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from memkv_engines.chunk.checksum import block_digest_of_leaves
 from memkv_engines.chunk.codec import header_of_digests
@@ -22,6 +21,7 @@ from memkv_engines.offload.device_slots import DeviceSlots, DirectSlot
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import Gathered, Store, StoreChunk, StoreDone
 from memkv_engines.offload.moving import DigestTicket, SlotMover, Ticket
+from memkv_engines.offload.outcomes import StoreTally
 from memkv_engines.offload.store_jobs import YIELD_TO_LOADS_S
 from memkv_engines.offload.storing import ChunkStore
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
@@ -108,15 +108,11 @@ class DirectStore(ChunkStore):
 
 @dataclass(eq=False)
 class _Job:
-    """A store of the engine: outcome per chunk, and how many have none yet, or pages that are not free yet."""
+    """A store of the engine; ``unordered``: how many of its chunks have pages that are not free yet."""
 
     message: Store
-    outcomes: list[str]
-    open_chunks: int
+    tally: StoreTally
     unordered: int
-    written_bytes: int = 0
-    payload_bytes: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +169,12 @@ class DirectStores:
     def submit(self, message: Store) -> None:
         """Queue the gathers that there is room for."""
         count = len(message.chunks)
-        job = _Job(message, [""] * count, count, count)
-        self._unstarted += [_Item(job, index) for index in range(count)]
         if not count:
             self._reply(Gathered(message.job_id))
             self._reply(StoreDone(message.job_id, (), 0, 0))
+        else:
+            job = _Job(message, StoreTally(message.job_id, count), count)
+            self._unstarted += [_Item(job, index) for index in range(count)]
         self._start()
 
     def fence(self) -> None:
@@ -275,12 +272,6 @@ class DirectStores:
         self._settle(item, outcome, written, store.payload_bytes if written else 0)
 
     def _settle(self, item: _Item, outcome: str, written_bytes: int = 0, payload_bytes: int = 0) -> None:
-        job = item.job
-        with job.lock:
-            job.outcomes[item.index] = outcome
-            job.written_bytes += written_bytes
-            job.payload_bytes += payload_bytes
-            job.open_chunks -= 1
-            if job.open_chunks:
-                return
-        self._reply(StoreDone(job.message.job_id, tuple(job.outcomes), job.written_bytes, job.payload_bytes))
+        answer = item.job.tally.settle(item.index, outcome, written_bytes, payload_bytes)
+        if answer is not None:
+            self._reply(answer)

@@ -1,4 +1,4 @@
-"""Asks for the engine's KV cache in host memory to lie on huge pages, where it has not been touched yet.
+"""Huge pages: for our staging, and asked for where the engine's KV cache in host memory has not been touched yet.
 
 A copy by ``process_vm_*`` pins and walks every page it touches: 1,080 of them for a chunk on 4 KiB pages, 3 on 2 MiB
 ones. Engines allocate their pools without touching them, and Linux gives huge pages only where they were asked for
@@ -8,6 +8,7 @@ ones. Engines allocate their pools without touching them, and Linux gives huge p
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Iterable
 
 from memkv_engines.limits import HUGE_PAGE_BYTES
@@ -34,6 +35,25 @@ def advise_huge_pages(groups: Iterable[GroupSpec]) -> int:
         if length > 0 and madvise(first, length, _MADV_HUGEPAGE) == 0:
             advised += length
     return advised
+
+
+def map_huge(size_bytes: int) -> tuple[mmap.mmap, int]:
+    """New memory that begins on a huge page, and is on huge pages where the kernel has them; nothing is touched.
+
+    Returns:
+        The mapping, a huge page larger than asked for, and where in it the memory begins, in bytes.
+    """
+    region = mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE)
+    try:
+        region.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pass  # A kernel without transparent huge pages: slower, not wrong.
+    return region, -address_of(region) % HUGE_PAGE_BYTES
+
+
+def address_of(region: mmap.mmap) -> int:
+    """Where a mapping lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(region))
 
 
 def _regions(groups: Iterable[GroupSpec]) -> list[tuple[int, int]]:

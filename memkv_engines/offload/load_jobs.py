@@ -11,50 +11,31 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from memkv_engines.errors import IoServiceError, MemKVError
+from memkv_engines.errors import MemKVError
 from memkv_engines.log import get_logger
-from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome, expand_run
+from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome
 from memkv_engines.offload.messages import Load, LoadDone
+from memkv_engines.offload.outcomes import LoadTally
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
 from memkv_engines.tier.base import Tier
 
 log = get_logger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
     job_id: int
     started: float
-    runs: list[list[LoadChunk]]
-    outcomes: list[list[LoadOutcome | None]]
-    remaining: int
-    malformed: frozenset[int]
-    # First bad chunk per run: what follows it in the chain is of no use.
-    first_bad: dict[int, int] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def is_pointless(self, run: int, index: int) -> bool:
-        return self.first_bad.get(run, index) < index
+    tally: LoadTally
 
     def answer(self) -> LoadDone:
-        good_blocks, kinds = [], []
-        done = [o for outcomes in self.outcomes for o in outcomes if o is not None]
-        for number, outcomes in enumerate(self.outcomes):
-            good, kind = 0, IoServiceError.kind if number in self.malformed else ""
-            for outcome in outcomes:
-                good += outcome.good_blocks if outcome else 0
-                kind = outcome.kind if outcome else "io_error"
-                if kind:
-                    break
-            good_blocks.append(good)
-            kinds.append(kind)
+        done = self.tally.settled()
         return LoadDone(
             self.job_id,
-            tuple(good_blocks),
-            tuple(kinds),
+            *self.tally.answer(),
             sum(not o.kind for o in done),
             sum(o.read_bytes for o in done),
             int((time.perf_counter() - self.started) * 1e6),
@@ -73,7 +54,11 @@ class _Item:
 
     @property
     def chunk(self) -> LoadChunk:
-        return self.job.runs[self.run][self.index]
+        return self.job.tally.chunks[self.run][self.index]
+
+    @property
+    def is_pointless(self) -> bool:
+        return self.job.tally.is_pointless(self.run, self.index)
 
 
 class Staging(Protocol):
@@ -141,29 +126,18 @@ class LoadJobs:
 
     def submit(self, message: Load) -> None:
         """Queue a job; does not block."""
-        runs: list[list[LoadChunk]] = []
-        malformed = set()
-        for number, run in enumerate(message.runs):
-            try:
-                runs.append(expand_run(run))
-            except JOB_ERRORS as error:
-                log.warning("load refused: %s", error)
-                malformed.add(number)
-                runs.append([])
-        count = sum(map(len, runs))
-        outcomes: list[list[LoadOutcome | None]] = [[None] * len(r) for r in runs]
-        job = _Job(message.job_id, time.perf_counter(), runs, outcomes, count, frozenset(malformed))
-        if not count:
+        job = _Job(message.job_id, time.perf_counter(), LoadTally(message.runs))
+        places = job.tally.places()
+        if not places:
             self._reply(job.answer())
             return
         with self._idle:
-            self._pending += count
-        for number, chunks in enumerate(runs):
-            for index in range(len(chunks)):
-                self._wanted.put(_Item(job, number, index))
+            self._pending += len(places)
+        for run, index in places:
+            self._wanted.put(_Item(job, run, index))
 
     def _read(self, item: _Item) -> None:
-        if item.job.is_pointless(item.run, item.index):
+        if item.is_pointless:
             self._settle(item, LoadOutcome(0, "skipped", 0))
             return
         slot = None
@@ -188,7 +162,7 @@ class LoadJobs:
             raise AssertionError("an item that was not read")
         failure: Exception | None = None
         try:
-            if item.job.is_pointless(item.run, item.index):
+            if item.is_pointless:
                 load.close()
                 outcome = LoadOutcome(0, "skipped", 0)
             else:
@@ -217,19 +191,13 @@ class LoadJobs:
         )
 
     def _settle(self, item: _Item, outcome: LoadOutcome) -> None:
-        job = item.job
-        with job.lock:
-            job.outcomes[item.run][item.index] = outcome
-            if outcome.kind:
-                job.first_bad[item.run] = min(item.index, job.first_bad.get(item.run, item.index))
-            job.remaining -= 1
-            finished = job.remaining == 0
+        finished = item.job.tally.settle(item.run, item.index, outcome)
         with self._idle:
             self._pending -= 1
             if not self._pending:
                 self._idle.notify_all()
         if finished:
-            self._reply(job.answer())
+            self._reply(item.job.answer())
 
 
 def _failed(error: Exception) -> LoadOutcome:

@@ -33,9 +33,7 @@ class Ticket(Protocol):
 class Mover(Protocol):
     """Moves blocks between pages and pinned slots; see ``gpu.mover.DeviceMover``."""
 
-    def gather(
-        self, group: int, block_ids: npt.ArrayLike, payload_address: int, *, after_stream: int, holes: int = 0
-    ) -> Ticket | None:
+    def gather(self, group: int, block_ids: npt.ArrayLike, payload_address: int, *, after_stream: int) -> Ticket | None:
         """Pages to slot; None where nothing is free."""
 
     def scatter(

@@ -6,8 +6,6 @@ number is its place in the region.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +13,8 @@ import msgspec
 
 from memkv_engines.chunk.layout import align_up
 from memkv_engines.errors import ConfigError
-from memkv_engines.limits import HUGE_PAGE_BYTES, MIN_STAGING_SLOTS
+from memkv_engines.limits import MIN_STAGING_SLOTS
+from memkv_engines.offload.huge_pages import address_of, map_huge
 from memkv_engines.offload.messages import GroupSpec, TileSpec
 
 
@@ -28,12 +27,14 @@ class PinnedSlot:
         address: of its first block.
         first_block: number of that block to the I/O service.
         blocks: how many blocks it holds.
+        for_loads: whose share it is of.
     """
 
     group: int
     address: int
     first_block: int
     blocks: int
+    for_loads: bool
 
     def numbers(self, count: int) -> range:
         """The numbers of its first blocks to the I/O service."""
@@ -61,16 +62,11 @@ class PinnedStaging:
             need = 2 * MIN_STAGING_SLOTS * sum(row_bytes.values())
             raise ConfigError(f"key 'staging_bytes' has value {staging_bytes}: this model needs at least {need}")
         self.size_bytes = slots * sum(row_bytes.values())
-        self._map = mmap.mmap(-1, self.size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE)
-        try:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # A kernel without transparent huge pages: slower, not wrong.
-        here = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.address = -(-here // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        self._map, start = map_huge(self.size_bytes)
+        self.address = address_of(self._map) + start
         self.specs: tuple[GroupSpec, ...] = ()
         self._free: dict[tuple[int, bool], list[PinnedSlot]] = {}
-        self._for_loads: dict[PinnedSlot, bool] = {}
+        self._counts: dict[int, int] = {}
         base = self.address
         for group in groups:
             self._cut(group, base, strides[group.group], slots)
@@ -80,9 +76,9 @@ class PinnedStaging:
         per_slot = group.blocks_per_chunk
         for index in range(slots):
             first = index * per_slot
-            slot = PinnedSlot(group.group, base + first * stride_bytes, first, per_slot)
-            self._for_loads[slot] = for_loads = index % 2 == 0
-            self._free.setdefault((group.group, for_loads), []).append(slot)
+            slot = PinnedSlot(group.group, base + first * stride_bytes, first, per_slot, for_loads=index % 2 == 0)
+            self._free.setdefault((group.group, slot.for_loads), []).append(slot)
+        self._counts[group.group] = slots
         tile = TileSpec(base, stride_bytes, group.block_bytes)
         self.specs += (msgspec.structs.replace(group, num_blocks=slots * per_slot, tiles=(tile,)),)
 
@@ -92,7 +88,7 @@ class PinnedStaging:
 
     def slots(self, group: int, *, for_loads: bool) -> int:
         """How many slots there are, free or not."""
-        return sum(s.group == group and loads == for_loads for s, loads in self._for_loads.items())
+        return (self._counts.get(group, 0) + for_loads) // 2
 
     def free(self, group: int, *, for_loads: bool) -> int:
         """How many slots are free."""
@@ -105,4 +101,4 @@ class PinnedStaging:
 
     def give_back(self, slot: PinnedSlot) -> None:
         """Neither device nor I/O service touches it any more."""
-        self._free[slot.group, self._for_loads[slot]].append(slot)
+        self._free[slot.group, slot.for_loads].append(slot)

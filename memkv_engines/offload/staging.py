@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import threading
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 from memkv_engines.chunk.layout import align_up
 from memkv_engines.errors import TransferOverdue
-from memkv_engines.limits import HUGE_PAGE_BYTES
+from memkv_engines.offload.huge_pages import address_of, map_huge
 
 _LOOK_EVERY_S = 0.05
 
@@ -40,13 +39,8 @@ class StagingPool:
     def __init__(self, slot_bytes: int, slots: int) -> None:
         self.slot_bytes = align_up(slot_bytes)
         self.slots = slots
-        self._map = mmap.mmap(-1, self.slot_bytes * slots + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE)
-        try:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # A kernel without transparent huge pages: slower, not wrong.
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        start = -base % HUGE_PAGE_BYTES
+        self._map, start = map_huge(self.slot_bytes * slots)
+        base = address_of(self._map)
         self.address, self.nbytes = base + start, self.slot_bytes * slots
         view = memoryview(self._map)
         self._free = [

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from memkv_engines.log import get_logger
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import Gathered, Store, StoreDone
+from memkv_engines.offload.outcomes import StoreTally
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.staging import StagingPool
 from memkv_engines.offload.storing import HostStore
@@ -28,12 +29,10 @@ YIELD_TO_LOADS_S = 1.0
 @dataclass
 class _Job:
     message: Store
-    outcomes: list[str]
+    tally: StoreTally
     ungathered: int
-    remaining: int
     ready: list[_Item] = field(default_factory=list)
-    written_bytes: int = 0
-    payload_bytes: int = 0
+    lost: list[tuple[int, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -108,17 +107,21 @@ class StoreJobs:
     def submit(self, message: Store) -> None:
         """Queue a job; does not block."""
         count = len(message.chunks)
-        job = _Job(message, ["shed"] * count, count, count)
+        if not count:
+            self._reply(Gathered(message.job_id))
+            self._reply(StoreDone(message.job_id, (), 0, 0))
+            return
+        job = _Job(message, StoreTally(message.job_id, count), count)
         for index in range(count):
             self._submitted.put(_Wanted(job, index))
-        if not count:
-            self._all_gathered(job)
 
     def _gather(self, wanted: _Wanted) -> None:
         job = wanted.job
         store = self._gather_one(job, wanted.index)
         with job.lock:
-            if store is not None:
+            if isinstance(store, str):
+                job.lost.append((wanted.index, store))
+            else:
                 job.ready.append(_Item(job, wanted.index, store))
             job.ungathered -= 1
             if job.ungathered:
@@ -128,26 +131,25 @@ class StoreJobs:
     def _all_gathered(self, job: _Job) -> None:
         self._reply(Gathered(job.message.job_id))
         ready, job.ready = job.ready, []
-        dropped = len(job.outcomes) - len(ready)
         for item in ready:
             self._gathered.put(item)
-        if dropped or not ready:
-            self._account(job, dropped)
+        for index, outcome in job.lost:
+            self._tell(job.tally.settle(index, outcome))
 
-    def _gather_one(self, job: _Job, index: int) -> HostStore | None:
+    def _gather_one(self, job: _Job, index: int) -> HostStore | str:
+        """The chunk in a slot, or what became of it."""
         chunk = job.message.chunks[index]
         slot = self._staging.try_acquire()
         if slot is None:
-            return None
+            return "shed"
         try:
             store = HostStore(chunk, self._groups[chunk.group], slot)
             store.gather(self._pages)
             return store
         except JOB_ERRORS as error:
             log.warning("gather failed: %s", error)
-            job.outcomes[index] = "failed"
             self._staging.release(slot)
-            return None
+            return "failed"
 
     def _digest(self, item: _Item) -> None:
         self._yield_to_loads(YIELD_TO_LOADS_S)
@@ -174,16 +176,9 @@ class StoreJobs:
 
     def _settle(self, item: _Item, outcome: str, written_bytes: int, failure: Exception | None = None) -> None:
         self._staging.release(item.store.slot, failure)
-        job = item.job
-        with job.lock:
-            job.outcomes[item.index] = outcome
-            job.written_bytes += written_bytes
-            job.payload_bytes += item.store.payload_bytes if written_bytes else 0
-        self._account(job, 1)
+        payload_bytes = item.store.payload_bytes if written_bytes else 0
+        self._tell(item.job.tally.settle(item.index, outcome, written_bytes, payload_bytes))
 
-    def _account(self, job: _Job, count: int) -> None:
-        with job.lock:
-            job.remaining -= count
-            if job.remaining:
-                return
-        self._reply(StoreDone(job.message.job_id, tuple(job.outcomes), job.written_bytes, job.payload_bytes))
+    def _tell(self, answer: StoreDone | None) -> None:
+        if answer is not None:
+            self._reply(answer)

@@ -33,8 +33,28 @@ class ChainMemory:
             while len(self._parents) > self._capacity:
                 self._parents.popitem(last=False)
 
+    def context(self, page: bytes, passed: Sequence[bytes], count: int) -> list[bytes]:
+        """Up to so many hashes before a page, in order, from what was seen and what SGLang passes.
+
+        What was seen is trusted more than what is passed, which may leave out the pages just before; but it may begin
+        later.
+
+        Args:
+            page: the page.
+            passed: earlier pages as SGLang names them, in order, from the prompt's start on.
+            count: how far back to go.
+        """
+        seen = self.before(page, count)
+        if not seen:
+            return list(passed[-count:]) if count else []
+        missing = count - len(seen)
+        if missing and seen[0] in passed:
+            end = len(passed) - 1 - passed[::-1].index(seen[0])
+            return [*passed[max(0, end - missing) : end], *seen]
+        return seen
+
     def before(self, page: bytes, count: int) -> list[bytes]:
-        """Up to so many hashes before a page, in order."""
+        """Up to so many hashes before a page, in order, as far as they were seen."""
         found: list[bytes] = []
         with self._lock:
             while len(found) < count and page in self._parents:

@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import (
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from memkv_engines.doors.devices import cuda_ordinal
 from memkv_engines.doors.io_client import DevicePages
 from memkv_engines.errors import ConfigError
 
@@ -104,17 +105,14 @@ def device_pages(pools: Sequence[DevicePool], forward_stream: Any) -> DevicePage
     Raises:
         ConfigError: several devices, or one that is neither the host nor a CUDA device.
     """
-    devices = {device for pool in pools for device in pool.devices}
-    kinds = {device.type for device in devices}
-    if kinds <= {"cpu"}:
+    ordinal = cuda_ordinal(
+        (device for pool in pools for device in pool.devices),
+        lambda names: ConfigError(
+            f"the KV cache lies on {names}; the linker moves pages of one CUDA device or of host memory: {_OTHERWISE}"
+        ),
+    )
+    if ordinal is None:
         return None
-    if kinds != {"cuda"} or len(devices) > 1:
-        raise ConfigError(
-            f"the KV cache lies on {', '.join(sorted(map(str, devices)))}; the linker moves pages of one CUDA device "
-            f"or of host memory: {_OTHERWISE}"
-        )
-    device = devices.pop()
-    ordinal = torch.cuda.current_device() if device.index is None else device.index
     # A number, since offloads go on in a thread of ours, where another stream is the current one. What the forward has
     # been given since then is waited for too: that costs time, nothing else.
     stream = int((forward_stream or torch.cuda.current_stream(ordinal)).cuda_stream)

@@ -154,9 +154,9 @@ class PageStore:
         """Hashes from as far back as a chunk could begin that covers the first key, and the index of that key."""
         reach = self._pool.largest_chunk - 1
         own = [_digest(key) for key in keys]
-        # What was seen is trusted more than what is passed, which may leave out the pages just before.
-        earlier = self._chain.before(own[0], reach) if own else []
-        earlier = earlier or [_digest(key) for key in list(prefix)[-reach:]] if reach else []
+        # Of a long prompt's pages only those within reach, and a chunk more to find the link to what was seen.
+        passed = [_digest(key) for key in prefix[-2 * reach :]] if reach else []
+        earlier = self._chain.context(own[0], passed, reach) if own else []
         return [*earlier, *own], len(earlier)
 
     def _walk(self, hashes: Sequence[bytes], wanted: int, *, survey: bool) -> tuple[Segment, ...]:

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 MIN_VERSION = (1, 5, 0)
+# What NIXL's own plugins have at the head of their tables.
+PLUGIN_API_VERSION = 1
 DISTRIBUTIONS = ("nixl-cu13", "nixl-cu12", "nixl")
 
 
@@ -57,9 +59,19 @@ def why_missing(plugin: str, available: Sequence[str]) -> str:
         path = folder / f"libplugin_{plugin}.so"
         if path.is_file():
             try:
-                ctypes.CDLL(str(path))
+                return _why_not_started(ctypes.CDLL(str(path)))
             except OSError as error:
                 return str(error)
-            return "it loads, and refuses to start"
     where = ", ".join(map(str, plugin_folders())) or "no folder"
     return f"no libplugin_{plugin}.so in {where}; there are {', '.join(sorted(available))}"
+
+
+def _why_not_started(library: ctypes.CDLL) -> str:
+    """What NIXL had against a plugin that can be loaded; asks it as NIXL just did, for its table of functions."""
+    if not hasattr(library, "nixl_plugin_init"):
+        return "it is no plugin of NIXL: it has no nixl_plugin_init"
+    library.nixl_plugin_init.restype = ctypes.POINTER(ctypes.c_int)
+    table = library.nixl_plugin_init()
+    if table and table[0] != PLUGIN_API_VERSION:
+        return f"it has plugin API version {table[0]}, and NIXL {installed_version()} takes another"
+    return "it loads, and refuses to start"

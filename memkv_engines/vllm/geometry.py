@@ -9,6 +9,7 @@ import torch
 from vllm.v1.kv_cache_interface import group_kernel_blocks
 
 from memkv_engines.chunk.layout import KVLayout, Tile, choose_blocks_per_chunk
+from memkv_engines.doors.devices import cuda_ordinal
 from memkv_engines.doors.io_client import DevicePages
 from memkv_engines.errors import LayoutError
 from memkv_engines.keys import Shard
@@ -117,17 +118,15 @@ def device_pages(kv_caches: dict[str, Any]) -> DevicePages | None:
     Raises:
         LayoutError: several devices, or one that is neither the host nor a CUDA device.
     """
-    devices = {tensor.device for cache in kv_caches.values() for tensor in _tensors(cache)}
-    kinds = {device.type for device in devices}
-    if kinds <= {"cpu"}:
+    ordinal = cuda_ordinal(
+        (tensor.device for cache in kv_caches.values() for tensor in _tensors(cache)),
+        lambda names: LayoutError(
+            f"the KV cache lies on {names}: one CUDA device, or host memory, can be moved; start without "
+            "--kv-transfer-config"
+        ),
+    )
+    if ordinal is None:
         return None
-    if kinds != {"cuda"} or len(devices) > 1:
-        raise LayoutError(
-            f"the KV cache lies on {', '.join(sorted(map(str, devices)))}: one CUDA device, or host memory, "
-            "can be moved; start without --kv-transfer-config"
-        )
-    device = devices.pop()
-    ordinal = torch.cuda.current_device() if device.index is None else device.index
     return DevicePages(ordinal, lambda: int(torch.cuda.current_stream(ordinal).cuda_stream))
 
 

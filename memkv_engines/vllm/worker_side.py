@@ -17,9 +17,8 @@ from memkv_engines.doors.io_client import worker_client
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
-from memkv_engines.offload.device_client import DeviceIoClient
-from memkv_engines.offload.direct_client import DirectIoClient
+from memkv_engines.offload.client import LoadResult, StoreResult
+from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import LoadRun, StoreChunk
 from memkv_engines.vllm import compat, geometry
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
@@ -41,7 +40,7 @@ class WorkerSide:
         self._vllm_config, self._kv_cache_config, self._config = vllm_config, kv_cache_config, config
         self._stores = stores
         self.counters = Counters()
-        self._client: IoClient | DeviceIoClient | DirectIoClient | None = None
+        self._client: JobClient | None = None
         self._facts: list[GroupFacts] = []
         self._writers: frozenset[int] = frozenset()
         self._loading: dict[int, tuple[str, tuple[LoadRun, ...]]] = {}
@@ -196,7 +195,7 @@ class WorkerSide:
         if self._client is not None:
             self._client.close()
 
-    def _require_client(self) -> IoClient | DeviceIoClient | DirectIoClient:
+    def _require_client(self) -> JobClient:
         assert self._client is not None, "register_kv_caches comes first"
         return self._client
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from memkv_engines.cli.patch import command
 from memkv_engines.cli.patch.files import look, read_patch, write
 from memkv_engines.cli.patch.installed import Installed, find_engines, patches_of
 
@@ -29,6 +30,21 @@ def copy_of_files(engine: str, patches: list[Path], folder: Path) -> dict[Path, 
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         (folder / relative).write_bytes(copied[folder / relative])
     return copied
+
+
+def apply_and_take_back(engine: str, version: str, folder: Path) -> None:
+    """Hold the command to it: every patch for this version applies, leaves valid Python, and comes off to the byte."""
+    installed, paths = patches_for(engine)
+    assert installed.version == version
+    copied = copy_of_files(engine, paths, folder)
+    assert command.run("check", engine, str(folder), as_json=False) == 0
+    assert command.run("apply", engine, str(folder), as_json=False) == 0
+    changed = [path for path, content in copied.items() if path.read_bytes() != content]
+    assert len(changed) == len(copied) - 1, "all but the version"
+    for path in changed:
+        compile(path.read_bytes(), path, "exec")
+    assert command.run("revert", engine, str(folder), as_json=False) == 0
+    assert {path: path.read_bytes() for path in copied} == copied
 
 
 @contextlib.contextmanager

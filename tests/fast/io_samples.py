@@ -18,7 +18,7 @@ from memkv_engines.limits import KEY_BYTES
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
-from memkv_engines.offload.direct_client import DirectIoClient
+from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import GroupSpec, LoadRun, Probe, ProbeDone, Setup, StoreChunk, TileSpec
 from memkv_engines.offload.pinned import PinnedStaging
 from tests.fast.late_mover import STREAM, LateMover
@@ -28,7 +28,6 @@ BLOCK_TOKENS = 16
 BLOCKS_PER_CHUNK = 4
 _GUARD_BYTES = 4096
 Result = LoadResult | StoreResult | ProbeDone
-JobClient = IoClient | DeviceIoClient | DirectIoClient
 
 
 class Pool:

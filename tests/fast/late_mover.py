@@ -74,7 +74,7 @@ class LateMover:
         self.closed = False
 
     def gather(
-        self, group: int, block_ids: npt.ArrayLike, payload_address: int, *, after_stream: int, holes: int = 0
+        self, group: int, block_ids: npt.ArrayLike, payload_address: int, *, after_stream: int
     ) -> LateTicket | None:
         return self._queue(group, block_ids, payload_address, after_stream, to_staging=True)
 

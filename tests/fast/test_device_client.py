@@ -17,7 +17,7 @@ from memkv_engines.errors import ConfigError
 from memkv_engines.limits import MIB
 from memkv_engines.offload.client import LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
-from memkv_engines.offload.pinned import PinnedStaging
+from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
 from tests.fast.io_samples import (
     block_outermost,
     layer_outermost,
@@ -45,9 +45,21 @@ def served(quick: Path) -> Iterator[tuple[DeviceIoClient, LateMover]]:
     assert mover.closed
 
 
+def busy_slots(client: DeviceIoClient) -> list[PinnedSlot]:
+    """Slots that loads and stores think they have."""
+    loads, stores = client._loads, client._stores
+    return [
+        *(slot for parts in loads._reading.values() for part in parts for slot in part.slots),
+        *(move.slot for part in loads._placing for move in part.moving),
+        *(slot for part in loads._placing for slot, _, _ in part.unscattered),
+        *(part.moving.slot for part in stores._gathering),
+        *(slot for sent in stores._writing.values() for slot in sent.slots),
+    ]
+
+
 def all_slots_are_free(client: DeviceIoClient) -> bool:
     staging = client._staging
-    return not [*client._loads.busy_slots(), *client._stores.busy_slots()] and all(
+    return not busy_slots(client) and all(
         staging.free(spec.group, for_loads=way) == staging.slots(spec.group, for_loads=way)
         for spec in staging.specs
         for way in (True, False)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from memkv_engines.cli.patch import command
 from memkv_engines.sglang.chain import ChainMemory
-from tests.engines.patched import copy_of_files, patches_for, stock_and_patched
+from tests.engines.patched import apply_and_take_back, stock_and_patched
 from tests.engines.sglang.radix_caches import PAGE_TOKENS, Bench, memkv_config, sequence
 
 WINDOW_LAYER, FULL_LAYER = 0, 1
@@ -21,17 +20,7 @@ HEADS, WIDTH, WINDOW, TOKENS = 2, 8, 5, 24
 
 
 def test_every_patch_applies_and_comes_off_to_the_byte(tmp_path: Path) -> None:
-    installed, paths = patches_for("sglang")
-    copied = copy_of_files("sglang", paths, tmp_path)
-    assert command.run("check", "sglang", str(tmp_path), as_json=False) == 0
-    assert command.run("apply", "sglang", str(tmp_path), as_json=False) == 0
-    changed = [path for path, content in copied.items() if path.read_bytes() != content]
-    assert len(changed) == len(copied) - 1, "all but the version"
-    for path in changed:
-        compile(path.read_bytes(), path, "exec")
-    assert command.run("revert", "sglang", str(tmp_path), as_json=False) == 0
-    assert {path: path.read_bytes() for path in copied} == copied
-    assert installed.version == "0.5.23"
+    apply_and_take_back("sglang", "0.5.23", tmp_path)
 
 
 # -------------------------------------------------------------------------- 0001: sliding windows in torch_native

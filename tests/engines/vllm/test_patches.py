@@ -8,26 +8,15 @@ from typing import Any
 
 import pytest
 
-from memkv_engines.cli.patch import command
 from memkv_engines.config import load_config
-from tests.engines.patched import copy_of_files, patches_for, stock_and_patched
+from tests.engines.patched import apply_and_take_back, stock_and_patched
 
 BLOCK_TOKENS = 128
 PROMPT_TOKENS = 1_000
 
 
 def test_every_patch_applies_and_comes_off_to_the_byte(tmp_path: Path) -> None:
-    installed, paths = patches_for("vllm")
-    copied = copy_of_files("vllm", paths, tmp_path)
-    assert command.run("check", "vllm", str(tmp_path), as_json=False) == 0
-    assert command.run("apply", "vllm", str(tmp_path), as_json=False) == 0
-    changed = [path for path, content in copied.items() if path.read_bytes() != content]
-    assert len(changed) == len(copied) - 1, "all but the version"
-    for path in changed:
-        compile(path.read_bytes(), path, "exec")
-    assert command.run("revert", "vllm", str(tmp_path), as_json=False) == 0
-    assert {path: path.read_bytes() for path in copied} == copied
-    assert installed.version == "0.32.0"
+    apply_and_take_back("vllm", "0.32.0", tmp_path)
 
 
 # ------------------------------------------------------------------------------------- 0001: the policy of a child

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from memkv_engines.errors import ConfigError
-from memkv_engines.transports.nixl_install import plugin_folders
 from tests.fake_cuda.build import build
 from tests.fast.io_samples import load, make_run, make_store, setup_for, started, store
 from tests.fast.samples import chain
@@ -85,33 +82,3 @@ def test_what_posix_wrote_nixl_reads_and_the_other_way_round(tmp_path: Path) -> 
             assert load(client, make_run(POOL, prompt, range(12, 16))).kinds == ("",)
             assert [POOL.block(12 + i) for i in range(N)] == [POOL.block(i) for i in range(N)]
         client.close()
-
-
-def test_a_vendors_plugin_is_found_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheel's POSIX plugin under another name, in a folder of its own, as a vendor would deliver one.
-
-    One written here cannot be built: the wheel has no headers (``backend/backend_plugin.h``, ``backend_engine.h``,
-    ``nixl_types.h``), and a plugin is a C++ class derived from the one they declare.
-    """
-    (source,) = plugin_folders()
-    plugins = tmp_path / "vendor" / "plugins"
-    plugins.mkdir(parents=True)
-    (plugins / "libplugin_VENDOR.so").write_bytes((source / "libplugin_POSIX.so").read_bytes())
-    # What it is linked against is looked for in the folder above it.
-    for file in metadata.files("nixl-cu13") or []:
-        if ".so" in file.name and not file.name.startswith("libplugin_"):
-            link = tmp_path / "vendor" / file.name
-            if not link.exists():
-                link.symlink_to(str(file.locate()))
-    monkeypatch.setenv("NIXL_PLUGIN_DIR", str(plugins))
-    root = tmp_path / "kv"
-    client = started(setup_for(root, [POOL], transport="nixl", nixl_plugin="VENDOR", direct_io="on"), "on")
-    assert client.ready.tier_name == "directory(nixl/vendor/direct)"
-    hashes = chain(N, "vendor")
-    assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
-    assert load(client, make_run(POOL, hashes, range(12, 16))).kinds == ("",)
-    assert [POOL.block(12 + i) for i in range(N)] == [POOL.block(i) for i in range(N)]
-    client.close()
-    with pytest.raises(ConfigError, match=r"no libplugin_POSIX\.so in .*plugins; there are VENDOR"):
-        started(setup_for(root, [POOL], transport="nixl", nixl_plugin="POSIX"), "on")
-    os.unlink(plugins / "libplugin_VENDOR.so")

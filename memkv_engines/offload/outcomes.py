@@ -1,0 +1,115 @@
+"""What became of the chunks of one job, counted up to its answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from memkv_engines.errors import IoServiceError
+from memkv_engines.log import get_logger
+from memkv_engines.offload.loading import LoadChunk, LoadOutcome, expand_run
+from memkv_engines.offload.messages import LoadRun, StoreDone
+from memkv_engines.offload.threads import JOB_ERRORS
+
+log = get_logger(__name__)
+
+
+class LoadTally:
+    """The chunks of a load's runs. Thread-safe.
+
+    Args:
+        runs: of the job; one that contradicts itself has no chunks, and fails.
+
+    Attributes:
+        chunks: of each run.
+    """
+
+    def __init__(self, runs: Sequence[LoadRun]) -> None:
+        self.chunks: list[list[LoadChunk]] = []
+        self._malformed: set[int] = set()
+        for number, run in enumerate(runs):
+            try:
+                self.chunks.append(expand_run(run))
+            except JOB_ERRORS as error:
+                log.warning("load refused: %s", error)
+                self._malformed.add(number)
+                self.chunks.append([])
+        self._outcomes: list[list[LoadOutcome | None]] = [[None] * len(chunks) for chunks in self.chunks]
+        self._open = sum(map(len, self.chunks))
+        # First bad chunk per run: what follows it in the chain is of no use.
+        self._first_bad: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def open_chunks(self) -> int:
+        """How many have no outcome yet."""
+        return self._open
+
+    def places(self) -> list[tuple[int, int]]:
+        """Run and index of every chunk, in order."""
+        return [(run, index) for run, chunks in enumerate(self.chunks) for index in range(len(chunks))]
+
+    def is_pointless(self, run: int, index: int) -> bool:
+        """Whether an earlier chunk of the run is bad."""
+        return self._first_bad.get(run, index) < index
+
+    def settle(self, run: int, index: int, outcome: LoadOutcome) -> bool:
+        """Note what became of a chunk; True for the last one."""
+        with self._lock:
+            self._outcomes[run][index] = outcome
+            if outcome.kind:
+                self._first_bad[run] = min(index, self._first_bad.get(run, index))
+            self._open -= 1
+            return not self._open
+
+    def answer(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Good leading blocks of each run, and what ended it (empty: nothing); for when no chunk is open."""
+        good_blocks, kinds = [], []
+        for number, outcomes in enumerate(self._outcomes):
+            good, kind = 0, IoServiceError.kind if number in self._malformed else ""
+            for outcome in outcomes:
+                good += outcome.good_blocks if outcome else 0
+                kind = outcome.kind if outcome else "io_error"
+                if kind:
+                    break
+            good_blocks.append(good)
+            kinds.append(kind)
+        return tuple(good_blocks), tuple(kinds)
+
+    def settled(self) -> list[LoadOutcome]:
+        """Every outcome so far."""
+        return [outcome for outcomes in self._outcomes for outcome in outcomes if outcome is not None]
+
+
+class StoreTally:
+    """The chunks of a store. Thread-safe.
+
+    Args:
+        job_id: of the job.
+        count: how many chunks; at least one.
+    """
+
+    def __init__(self, job_id: int, count: int) -> None:
+        self.job_id = job_id
+        self._outcomes = [""] * count
+        self._open = count
+        self._written_bytes = self._payload_bytes = 0
+        self._lock = threading.Lock()
+
+    def settle(self, index: int, outcome: str, written_bytes: int = 0, payload_bytes: int = 0) -> StoreDone | None:
+        """Note what became of a chunk; the answer, once it was the last one.
+
+        Args:
+            index: of the chunk.
+            outcome: as in ``StoreDone``.
+            written_bytes: what reached the device.
+            payload_bytes: of the chunk, if it was written.
+        """
+        with self._lock:
+            self._outcomes[index] = outcome
+            self._written_bytes += written_bytes
+            self._payload_bytes += payload_bytes
+            self._open -= 1
+            if self._open:
+                return None
+        return StoreDone(self.job_id, tuple(self._outcomes), self._written_bytes, self._payload_bytes)
