@@ -193,7 +193,7 @@ class Driver:
         try:
             self._raw = self._raw or RawReader([files])
             seconds = self._raw.read_s(files)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             self._record.note(f"no raw read of {unit} in round {number}: {error}")
             return
         self._record.body["raw_reads"].append(

@@ -45,17 +45,23 @@ class LMCacheServer:
         log: Path,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.port, self._http_port, metrics_port = free_ports(3)
+        self.port, self._http_port = free_ports(2)
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [
-            str(python), "-c", "import sys; from lmcache.cli.main import main; sys.exit(main())", "server",
-            "--host", "localhost", "--port", str(self.port), "--http-port", str(self._http_port),
-            "--prometheus-port", str(metrics_port), "--l1-size-gb", str(l1_bytes / 2**30),
-            "--eviction-policy", "LRU", "--l2-adapter", json.dumps(adapter),
+            str(python), "-m", "lmcache.cli.main", "server", "--host", "localhost", "--port", str(self.port),
+            "--http-port", str(self._http_port), "--l1-size-gb", str(l1_bytes / 2**30), "--eviction-policy", "LRU",
+            "--l2-adapter", json.dumps(adapter), "--disable-metrics",
         ]  # fmt: skip
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **(environment or {})}
+        variables = {
+            "PYTHONHASHSEED": "0",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": paths,
+            "LMCACHE_TRACK_USAGE": "false",
+            "LMCACHE_DISABLE_BANNER": "1",
+            **(environment or {}),
+        }
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 command,

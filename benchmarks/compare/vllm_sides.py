@@ -152,7 +152,12 @@ def fs_adapter(folder: Path) -> dict[str, Any]:
 
 def memkv_adapter(folder: Path) -> dict[str, Any]:
     """Returns ours."""
-    raise SideFailed("there is no adapter of ours for LMCache yet")
+    return {
+        "type": "plugin",
+        "module_path": "memkv_engines.lmcache.l2_adapter",
+        "class_name": "MemKVL2Adapter",
+        "adapter_params": {"path": str(folder), "weights_id": "benchmark"},
+    }
 
 
 class LMCacheSide(Side):
