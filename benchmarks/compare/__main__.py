@@ -12,7 +12,9 @@ what they measured as they go; a side that fails is a row of the results, and ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from benchmarks import harness
 from benchmarks.compare import judge, plan, report
 from benchmarks.compare.names import NO_CACHE, PREFIX_CACHE, SGLANG_SIDES, THROTTLED, VLLM_SIDES
 from benchmarks.compare.plan import PROFILES, Profile
+from benchmarks.compare.side import tree_of
 from tests.environments.engine_env import ROOT
 
 STAGES = {"vllm": VLLM_SIDES, "sglang": SGLANG_SIDES}
@@ -106,7 +109,8 @@ def stage_environment(stage: str) -> dict[str, str]:
     from tests.environments.engine_env import engine_env, sglang_settings
 
     more = sglang_settings() if stage == "sglang" else {}
-    return engine_env(None, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", **more)
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return engine_env(None, PYTHONPATH=paths, PYTHONUNBUFFERED="1", **more)
 
 
 def failed_stage(stage: str, profile: Profile, why: str) -> dict[str, Any]:
@@ -125,7 +129,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
         try:
             process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
+            for pid in tree_of([process.pid]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     process.wait()
 
 

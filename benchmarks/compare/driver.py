@@ -14,7 +14,8 @@ from benchmarks.compare.record import Record
 from benchmarks.compare.side import Meter, Result, Side
 from benchmarks.tier_files import RawReader, TierContents, contents_of, wait_for_blocks
 
-DOCUMENTS, CONVERSATIONS, RAG, REPETITION = "documents", "conversations", "rag", "prefix repetition"
+DOCUMENTS, CONVERSATIONS = "documents", "conversations"
+RAG, REPETITION = "passages behind a shared system prompt", "prefix repetition"
 FIRST, AGAIN, LOCAL = "first visit", "second visit", "local hit"
 FLUSH_TOKENS = 8
 

@@ -174,8 +174,10 @@ MEASURES: tuple[tuple[str, Callable[[Batch], float | None], bool], ...] = (
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table in Markdown, numbers to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---" if not n else "---:" for n in range(len(head))) + "|"]
+    """Returns a table in Markdown, columns of numbers to the right."""
+    rows = [list(row) for row in rows]
+    numeric = [all(row[n][:1] in "-0123456789" for row in rows) for n in range(len(head))]
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---:" if right else "---" for right in numeric) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 

@@ -183,7 +183,12 @@ class LMCacheSide(Side):
     def prepare(self) -> None:
         """See `Side`; the engine can start only when the server answers."""
         self._server.wait_until_ready()
-        extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": self._server.port}
+        extra = {
+            "lmcache.mp.host": "tcp://localhost",
+            "lmcache.mp.port": self._server.port,
+            # The server copies out of shared memory, the faster of its ways on a CPU; the connector would take another.
+            "lmcache.mp.mp_transfer_mode": "lmcache_driven",
+        }
         transfer = {
             "kv_connector": "LMCacheMPConnector",
             "kv_connector_module_path": "benchmarks.compare.lmcache_on_cpu",
