@@ -10,7 +10,7 @@ DEVICE := .venvs/device/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test faults lint format bench-tier bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
+.PHONY: help demo demo-sglang test faults lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
 	compare bench-recompute-tax env-lmcache kernels test-kernels sass-table test-gpu bench-gpu
 
 help: ## show this list
@@ -58,6 +58,9 @@ format: env-dev ## let ruff rewrite what it can
 
 bench-tier: env-dev ## offline throughput of the tier on this machine's disk (no engine)
 	@$(DEV) -m benchmarks.bench_tier $(ARGS)
+
+bench-protection: env-dev ## what authenticated and encrypted chunks cost (no engine)
+	@$(DEV) -m benchmarks.bench_protection $(ARGS)
 
 bench-vllm: env-vllm ## time to first token in vLLM: recompute against restore
 	@$(VLLM) tests/environments/models.py smollm2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from memkv_engines.keys import Namespace
 from memkv_engines.limits import MIB
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.groups import Group
-from memkv_engines.offload.messages import GroupSpec, LoadRun, Setup, StoreChunk, TileSpec
+from memkv_engines.offload.messages import GroupSpec, LoadRun, ProtectionSpec, Setup, StoreChunk, TileSpec
 from memkv_engines.offload.service import staging_slots
 
 LAYERS = 32
@@ -62,6 +63,7 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
         io_threads: as in the configuration.
         staging_bytes: as in the configuration.
         transport: as in the configuration.
+        protection: what protects the chunks, if anything does.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
         io_threads: int = 8,
         staging_bytes: int = 256 * MIB,
         transport: str = "posix",
+        protection: ProtectionSpec | None = None,
     ) -> None:
         self._root, self._shape = root, shape
         self._job = 0
@@ -82,7 +85,11 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
         slot_bytes = align_up(Group.from_spec(spec).slot_bytes)
         # A store that finds no staging is shed; an engine's stores are, a benchmark's must not be.
         self._stores_in_flight = max(1, min(staging_slots(staging_bytes, slot_bytes, io_threads)[1], 64))
-        setup = Setup(str(root), direct_io, 0, False, io_threads, staging_bytes, (spec,), transport=transport)
+        setup = Setup(
+            *(str(root), direct_io, 0, False, io_threads, staging_bytes, (spec,)),
+            transport=transport,
+            protection=protection,
+        )
         self._client = IoClient(setup, io_process="on", load_timeout_ms=120_000, fence_timeout_ms=60_000)
         self._client.start()
 
@@ -95,6 +102,13 @@ class ServiceBench(AbstractContextManager["ServiceBench"]):
     def mode(self) -> str:
         """Where the service runs and which transport it took."""
         return f"{self._client.mode}, {self._client.ready.tier_name}"
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds that the service's process has used."""
+        assert self._client.child_pid is not None
+        fields = Path(f"/proc/{self._client.child_pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def chunk_files(self) -> list[Path]:
         """The files of all chunks."""

@@ -24,8 +24,11 @@ from memkv_engines.limits import (
     MIB,
     MIN_CHUNK_TARGET_BYTES,
 )
+from memkv_engines.secret import SecretKey, parse_key, read_key_file
 
 ENV_PREFIX = "MEMKV_ENGINES_"
+KEY_VARIABLE = f"{ENV_PREFIX}PROTECTION_KEY"
+"""The key itself, in hexadecimal: not a configuration key, since engines print those."""
 
 
 def split_paths(path: str) -> list[str]:
@@ -126,6 +129,20 @@ class IdentityConfig:
 
 
 @dataclass(frozen=True)
+class ProtectionConfig:
+    """What protects chunks from others who can write, or read, the tier."""
+
+    protection: str = _key(
+        "off",
+        "auth: chunks made or changed without the key are misses; encrypt: also nobody reads them without it; off",
+        choices=("off", "auth", "encrypt"),
+    )
+    protection_key_file: str = _key(
+        "", f"file with the key, 64 hexadecimal digits, readable by its owner only; or give {KEY_VARIABLE}"
+    )
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """What is done."""
 
@@ -146,8 +163,10 @@ class Config:
     transport: TransportConfig = TransportConfig()
     lookup: LookupConfig = LookupConfig()
     identity: IdentityConfig = IdentityConfig()
+    protection: ProtectionConfig = ProtectionConfig()
     policy: PolicyConfig = PolicyConfig()
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    secret_key: SecretKey | None = field(default=None, compare=False)
 
     def describe(self) -> str:
         """One line per key with its value and where it came from."""
@@ -155,6 +174,9 @@ class Config:
         for group, key in _KEYS.values():
             value = getattr(getattr(self, group), key)
             lines.append(f"{key}={value!r} ({self.sources.get(key, 'default')})")
+        if self.secret_key is not None:
+            source = "protection_key_file" if self.protection.protection_key_file else KEY_VARIABLE
+            lines.append(f"protection_key={self.secret_key} ({source})")
         return "\n".join(lines)
 
 
@@ -165,6 +187,7 @@ _GROUPS: dict[str, type] = {
     "transport": TransportConfig,
     "lookup": LookupConfig,
     "identity": IdentityConfig,
+    "protection": ProtectionConfig,
     "policy": PolicyConfig,
 }
 _KEYS: dict[str, tuple[str, str]] = {
@@ -172,7 +195,7 @@ _KEYS: dict[str, tuple[str, str]] = {
 }
 CONFIG_FILE_KEY = "config_file"
 assert len(_KEYS) == sum(len(dataclasses.fields(c)) for c in _GROUPS.values()), "config keys must be unique"
-assert len(_KEYS) < 25, "the configuration stays small"
+assert len(_KEYS) < 30, "the configuration stays small"
 
 
 def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Config:
@@ -183,11 +206,12 @@ def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, st
         environ: environment to read; the process's by default.
 
     Raises:
-        ConfigError: unknown key, wrong type, value out of range, or no ``path``.
+        ConfigError: unknown key, wrong type, value out of range, no ``path``, or no usable key where one is needed.
     """
     extra = dict(extra or {})
     environ = os.environ if environ is None else environ
     from_env = {k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
+    key_text = from_env.pop(KEY_VARIABLE.removeprefix(ENV_PREFIX).lower(), "")
     file_names = (extra.pop(CONFIG_FILE_KEY, None), from_env.pop(CONFIG_FILE_KEY, None))
     file_name = file_names[0] or file_names[1]
     layers: list[tuple[str, Mapping[str, Any]]] = []
@@ -203,6 +227,7 @@ def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, st
             values[group][name] = _convert(_field_of(group, name), raw, source)
             sources[name] = source
     config = Config(**{g: cls(**values[g]) for g, cls in _GROUPS.items()}, sources=sources)
+    config = dataclasses.replace(config, secret_key=_secret_key(config.protection, key_text))
     if not split_paths(config.tier.path):
         raise ConfigError(
             "key 'path' is missing: give the tier's directory, e.g. "
@@ -210,6 +235,21 @@ def load_config(extra: Mapping[str, Any] | None = None, environ: Mapping[str, st
             '"kv_connector_extra_config": {"path": "/nvme/memkv"}}\' or MEMKV_ENGINES_PATH=/nvme/memkv'
         )
     return config
+
+
+def _secret_key(protection: ProtectionConfig, text: str) -> SecretKey | None:
+    file_name = protection.protection_key_file
+    given = [what for what, there in (("protection_key_file", file_name), (KEY_VARIABLE, text)) if there]
+    if protection.protection == "off":
+        if given:
+            raise ConfigError(f"{given[0]} gives a key, but protection=off: set protection=auth or encrypt, or no key")
+        return None
+    if len(given) != 1:
+        raise ConfigError(
+            f"protection={protection.protection} needs one key and has {len(given)}: give either protection_key_file, "
+            f"a file with 64 hexadecimal digits that only its owner can read, or {KEY_VARIABLE}"
+        )
+    return read_key_file(file_name, "protection_key_file") if file_name else parse_key(text, KEY_VARIABLE)
 
 
 def _resolve(key: str, source: str) -> tuple[str, str]:

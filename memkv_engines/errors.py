@@ -11,7 +11,10 @@
     │   ├── ChunkTruncated     shorter than its header says
     │   ├── ChunkDamaged       a checksum does not match
     │   ├── ChunkForeign       another namespace, key, geometry, owner or file type
-    │   └── ChunkVersion       a format version, flag or algorithm this build does not know
+    │   ├── ChunkVersion       a format version, flag or algorithm this build does not know
+    │   ├── ChunkUnauthenticated  has no MAC, and the reader has a key
+    │   ├── ChunkOtherKey      protected with another key or in another way: nobody's damage, never removed
+    │   └── ChunkForged        made or changed by somebody without the key
     ├── TierError              the place where chunks live failed
     │   ├── TierFull           no room (capacity bound or ENOSPC): the store is shed
     │   └── TierUnavailable    cannot be opened, listed or written
@@ -82,6 +85,24 @@ class ChunkVersion(ChunkError):
     """The object was written in a format this build does not understand."""
 
     kind = "version"
+
+
+class ChunkUnauthenticated(ChunkError):
+    """The object has no MAC, and its reader has a key."""
+
+    kind = "unauthenticated"
+
+
+class ChunkOtherKey(ChunkError):
+    """The object is protected with a key that its reader does not have, or in another way than its reader's."""
+
+    kind = "other_key"
+
+
+class ChunkForged(ChunkError):
+    """The object names the reader's key, its digests are right, and a MAC is wrong."""
+
+    kind = "forged"
 
 
 class TierError(MemKVError):

@@ -18,6 +18,8 @@ KEY_BYTES = 16
 DIGEST_BYTES = 16
 LEAF_BYTES = 16 * KIB
 """Leaf of the checksum tree. Small, so that a GPU hashes leaves in parallel and a CPU stays in L1."""
+PROTECTION_KEY_BYTES = 32
+MAX_KEY_FILE_BYTES = 4 * KIB
 MAX_BLOCKS_PER_CHUNK = 4096
 MAX_BLOCK_BYTES = 1 * GIB
 MAX_CHUNK_BYTES = 2 * GIB

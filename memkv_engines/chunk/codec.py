@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from memkv_engines.chunk.checksum import HASH_ID_XXH3_TREE, block_digest, header_digest
 from memkv_engines.chunk.layout import align_up
-from memkv_engines.errors import ChunkDamaged, ChunkForeign, ChunkTruncated, ChunkVersion, IdentityError
+from memkv_engines.chunk.protection import (
+    CIPHER_ID_AES_GCM,
+    CIPHER_ID_NONE,
+    HEADER_MAC_BYTES,
+    MAC_ID_AES_GCM,
+    MAC_ID_NONE,
+    TAG_BYTES,
+    ChunkGuard,
+    Protection,
+    block_nonce,
+    new_salt,
+)
+from memkv_engines.errors import (
+    ChunkDamaged,
+    ChunkForeign,
+    ChunkForged,
+    ChunkOtherKey,
+    ChunkTruncated,
+    ChunkUnauthenticated,
+    ChunkVersion,
+    IdentityError,
+)
 from memkv_engines.keys import FORMAT_VERSION, ChunkKey, ChunkName, Shard
 from memkv_engines.limits import (
     ALIGN_BYTES,
@@ -26,19 +47,39 @@ FLAG_PRESENT = 1
 _FIXED = struct.Struct("<8sHHIHHHH32sI6H32s32sQIIQQQQ")
 _FIXED_BYTES = 512
 _DIGEST_OFFSET = _FIXED_BYTES - DIGEST_BYTES
+_MAC_OFFSET = _DIGEST_OFFSET - HEADER_MAC_BYTES
+_SEAL = struct.Struct("<16s32s")
+_SEAL_END = _FIXED.size + _SEAL.size
+_IDENTITY_BYTES = 200
 _ENTRY = struct.Struct("<32s16sI12s16s12s4s")
+_NO_TAG, _NO_NONCE = bytes(TAG_BYTES), bytes(len(block_nonce(0)))
+# What may stand in `mac_id` and `cipher_id`, without and with a MAC.
+_PLAIN = (MAC_ID_NONE, CIPHER_ID_NONE)
+_SEALED = ((MAC_ID_AES_GCM, CIPHER_ID_NONE), (MAC_ID_AES_GCM, CIPHER_ID_AES_GCM))
 
-assert _FIXED.size <= _DIGEST_OFFSET
+assert _FIXED.size + 16 == _IDENTITY_BYTES, "what keys are derived from ends with the key id"
+assert _SEAL_END <= _MAC_OFFSET
 assert _ENTRY.size == 96
 
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """One row of the block table: the block's chain hash and digest; an absent block has no digest."""
+    """One row of the block table: the block's chain hash and digest; an absent block has no digest, and no tag."""
 
     chain_hash: bytes
     digest: bytes
     present: bool
+    tag: bytes = _NO_TAG
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a header says about its protection; to be believed once the MAC was verified."""
+
+    cipher_id: int
+    key_id: bytes
+    salt: bytes
+    mac: bytes = bytes(HEADER_MAC_BYTES)
 
 
 @dataclass(frozen=True)
@@ -95,24 +136,46 @@ class ChunkHeader:
         geometry: sizes.
         first_position: index of the first block in its prefix (informative).
         blocks: the block table.
+        seal: what protects the chunk, if anything does.
+        guard: its keys, where it was authenticated.
     """
 
     key: ChunkKey
     geometry: Geometry
     first_position: int
     blocks: tuple[BlockEntry, ...]
+    seal: Seal | None = None
+    guard: ChunkGuard | None = field(default=None, compare=False, repr=False)
 
     def encode(self) -> bytes:
         """The header as stored, padded to a multiple of 4 KiB."""
-        g, k = self.geometry, self.key
+        fixed, table = self._fixed(), self._table()
+        return fixed + header_digest([fixed, table]) + table
+
+    def sealed_by(self, guard: ChunkGuard) -> ChunkHeader:
+        """The same with a MAC over it."""
+        assert self.seal is not None
+        mac = guard.header_mac([self._fixed()[:_MAC_OFFSET], self._table()])
+        return replace(self, seal=replace(self.seal, mac=mac), guard=guard)
+
+    def new_guard(self, protection: Protection) -> ChunkGuard:
+        """The keys of this chunk, which follow from all that is before the table."""
+        assert self.seal is not None
+        seal = self.seal
+        return protection.guard(self._fixed()[:_IDENTITY_BYTES], self.key.namespace_digest, seal.salt, seal.cipher_id)
+
+    def _fixed(self) -> bytes:
+        """All before the header's digest."""
+        g, k, seal = self.geometry, self.key, self.seal
+        mac_id, cipher_id = (MAC_ID_AES_GCM, seal.cipher_id) if seal else _PLAIN
         fixed = _FIXED.pack(
             MAGIC,
             FORMAT_VERSION,
             HASH_BYTES,
             g.header_bytes,
             HASH_ID_XXH3_TREE,
-            0,  # MAC: none
-            0,  # cipher: none
+            mac_id,
+            cipher_id,
             PAYLOAD_ORDER_BLOCK_MAJOR,
             k.namespace_digest,
             k.group,
@@ -126,12 +189,26 @@ class ChunkHeader:
             g.block_stride_bytes,
             g.payload_bytes,
             self.first_position,
-        ).ljust(_DIGEST_OFFSET, b"\0")
-        table = b"".join(
-            _ENTRY.pack(b.chain_hash, b.digest, FLAG_PRESENT if b.present else 0, b"", b"", b"", b"")
-            for b in self.blocks
-        ).ljust(g.header_bytes - _FIXED_BYTES, b"\0")
-        return fixed + header_digest([fixed, table]) + table
+        )
+        if seal is None:
+            return fixed.ljust(_DIGEST_OFFSET, b"\0")
+        return (fixed + _SEAL.pack(seal.key_id, seal.salt)).ljust(_MAC_OFFSET, b"\0") + seal.mac
+
+    def _table(self) -> bytes:
+        sealed = self.seal is not None
+        rows = (
+            _ENTRY.pack(
+                block.chain_hash,
+                block.digest,
+                FLAG_PRESENT if block.present else 0,
+                b"",
+                block.tag,
+                block_nonce(index) if sealed and block.present else b"",
+                b"",
+            )
+            for index, block in enumerate(self.blocks)
+        )
+        return b"".join(rows).ljust(self.geometry.header_bytes - _FIXED_BYTES, b"\0")
 
 
 def build_header(
@@ -141,8 +218,9 @@ def build_header(
     chain_hashes: Sequence[bytes],
     first_position: int,
     payload: memoryview,
+    protection: Protection | None = None,
 ) -> ChunkHeader:
-    """Compute the digests of a staged payload and the header that describes it.
+    """Compute the digests of a staged payload and the header that describes it; encrypts the payload if that is wanted.
 
     Args:
         key: identity; ``key.holes`` leading blocks are absent.
@@ -150,7 +228,9 @@ def build_header(
         block_bytes: payload bytes per block.
         chain_hashes: chain hashes of all blocks, ``key.block_count`` of them.
         first_position: index of the first block in its prefix.
-        payload: the staged payload: ``block_count`` slots of ``block_stride_bytes``.
+        payload: the staged payload: ``block_count`` slots of ``block_stride_bytes``. With a cipher its blocks are
+            encrypted in place.
+        protection: the key and what is done with it; None for neither MAC nor cipher.
 
     Raises:
         IdentityError: the chain hashes are not the key's, or the payload has another size.
@@ -160,10 +240,22 @@ def build_header(
         raise IdentityError(f"payload of {payload.nbytes} B instead of {geometry.payload_bytes} B")
     stride = geometry.block_stride_bytes
 
-    def digest_of(index: int, chain_hash: bytes) -> bytes:
-        return block_digest(payload[index * stride : index * stride + block_bytes], chain_hash, index)
+    def block(index: int) -> memoryview:
+        return payload[index * stride : index * stride + block_bytes]
 
-    return header_of_digests(key, geometry, chain_hashes, first_position, digest_of)
+    tags: dict[int, bytes] = {}
+    seal, guard = None, None
+    if protection is not None:
+        seal = Seal(protection.cipher_id, protection.key_id, new_salt())
+        guard = ChunkHeader(key, geometry, first_position, (), seal).new_guard(protection)
+        tags = {i: guard.seal_block(block(i), chain_hashes[i], i) for i in range(key.holes, len(chain_hashes))}
+    plain = header_of_digests(
+        key, geometry, chain_hashes, first_position, lambda index, chain: block_digest(block(index), chain, index)
+    )
+    if guard is None:
+        return plain
+    blocks = tuple(replace(entry, tag=tags.get(i, _NO_TAG)) for i, entry in enumerate(plain.blocks))
+    return replace(plain, blocks=blocks, seal=seal).sealed_by(guard)
 
 
 def header_of_digests(
@@ -196,18 +288,51 @@ def header_of_digests(
     return ChunkHeader(key, geometry, first_position, blocks)
 
 
-def decode_header(data: bytes | memoryview) -> ChunkHeader:
-    """Decode a header of unknown origin.
+def decode_header(data: bytes | memoryview, protection: Protection | None = None) -> ChunkHeader:
+    """Decode a header of unknown origin, and authenticate it where there is a key.
 
     Args:
         data: at least the header; longer input is fine, what follows the header is ignored.
+        protection: the reader's; only what is protected so is taken. None: only what is not protected.
 
     Raises:
         ChunkTruncated: too short.
         ChunkVersion: a format version, flag or algorithm we do not know.
         ChunkDamaged: the header digest does not match.
         ChunkForeign: not a chunk, or fields that contradict each other.
+        ChunkUnauthenticated: there is a key, and no MAC.
+        ChunkOtherKey: protected with another key, or in another way.
+        ChunkForged: the MAC is wrong.
     """
+    header = read_header(data)
+    if protection is None:
+        if header.seal is not None:
+            raise ChunkOtherKey("a protected chunk, and there is no key")
+        return header
+    if header.seal is None:
+        raise ChunkUnauthenticated("a chunk without a MAC, and there is a key")
+    if header.seal.cipher_id != protection.cipher_id:
+        raise ChunkOtherKey(f"protected in another way: cipher {header.seal.cipher_id}")
+    return authenticated(header, protection)
+
+
+def authenticated(header: ChunkHeader, protection: Protection) -> ChunkHeader:
+    """A header that ``read_header`` took apart, with its keys; encrypted or not.
+
+    Raises:
+        ChunkOtherKey: it has no MAC, or one of another key.
+        ChunkForged: the MAC is wrong.
+    """
+    if header.seal is None or header.seal.key_id != protection.key_id:
+        raise ChunkOtherKey("protected with another key")
+    guard = header.new_guard(protection)
+    if not guard.authenticates([header._fixed()[:_MAC_OFFSET], header._table()], header.seal.mac):
+        raise ChunkForged("the header's MAC does not match")
+    return replace(header, guard=guard)
+
+
+def read_header(data: bytes | memoryview) -> ChunkHeader:
+    """As ``decode_header``, for tools: takes any chunk, protected or not, and authenticates nothing."""
     view = memoryview(data)
     if view.nbytes < _FIXED_BYTES:
         raise ChunkTruncated(f"header of {view.nbytes} B is shorter than {_FIXED_BYTES} B")
@@ -228,18 +353,24 @@ def decode_header(data: bytes | memoryview) -> ChunkHeader:
     stored = bytes(view[_DIGEST_OFFSET:_FIXED_BYTES])
     if header_digest([bytes(view[:_DIGEST_OFFSET]), bytes(view[_FIXED_BYTES:header_bytes])]) != stored:
         raise ChunkDamaged("header digest does not match")
-    if (hash_bytes, hash_id, mac_id, cipher_id, order, flags) != (
-        HASH_BYTES, HASH_ID_XXH3_TREE, 0, 0, PAYLOAD_ORDER_BLOCK_MAJOR, 0,
-    ):  # fmt: skip
+    sealed = (mac_id, cipher_id) in _SEALED
+    if (hash_bytes, hash_id, order, flags) != (HASH_BYTES, HASH_ID_XXH3_TREE, PAYLOAD_ORDER_BLOCK_MAJOR, 0) or not (
+        sealed or (mac_id, cipher_id) == _PLAIN
+    ):
         raise ChunkVersion(f"unknown hash={hash_id} mac={mac_id} cipher={cipher_id} order={order} flags={flags:#x}")
-    if bytes(view[_FIXED.size : _DIGEST_OFFSET]).strip(b"\0"):
+    start, stop = (_SEAL_END, _MAC_OFFSET) if sealed else (_FIXED.size, _DIGEST_OFFSET)
+    if bytes(view[start:stop]).strip(b"\0"):
         raise ChunkVersion("reserved bytes of the header are in use")
+    seal = None
+    if sealed:
+        key_id, salt = _SEAL.unpack_from(view, _FIXED.size)
+        seal = Seal(cipher_id, key_id, salt, bytes(view[_MAC_OFFSET:_DIGEST_OFFSET]))
     geometry = Geometry(count, block_bytes, tokens)
     if (geometry.header_bytes, geometry.block_stride_bytes, geometry.payload_bytes) != (
         header_bytes, stride, payload_bytes,
     ):  # fmt: skip
         raise ChunkForeign("sizes in the header contradict its geometry")
-    blocks = _decode_table(view, count)
+    blocks = _decode_table(view, count, sealed=sealed)
     holes = next((i for i, b in enumerate(blocks) if b.present), count)
     if holes == count or blocks[0].chain_hash != first_hash or blocks[-1].chain_hash != last_hash:
         raise ChunkForeign("block table contradicts the key")
@@ -248,18 +379,21 @@ def decode_header(data: bytes | memoryview) -> ChunkHeader:
         key = ChunkKey(ns, first_hash, last_hash, count, group, shard, holes)
     except IdentityError as error:
         raise ChunkForeign(f"impossible key in header: {error}") from error
-    return ChunkHeader(key, geometry, first_position, blocks)
+    return ChunkHeader(key, geometry, first_position, blocks, seal)
 
 
-def _decode_table(view: memoryview, count: int) -> tuple[BlockEntry, ...]:
+def _decode_table(view: memoryview, count: int, *, sealed: bool) -> tuple[BlockEntry, ...]:
     rows = []
     for index in range(count):
-        chain, digest, flags, *later = _ENTRY.unpack_from(view, _FIXED_BYTES + index * _ENTRY.size)
-        if flags & ~FLAG_PRESENT or any(field.strip(b"\0") for field in later):
-            raise ChunkVersion(f"unknown flags or authentication on block {index}")
+        chain, digest, flags, reserved, tag, nonce, more = _ENTRY.unpack_from(view, _FIXED_BYTES + index * _ENTRY.size)
+        if flags & ~FLAG_PRESENT or (reserved + more).strip(b"\0"):
+            raise ChunkVersion(f"unknown flags, or reserved bytes in use, on block {index}")
+        has_tag = sealed and flags & FLAG_PRESENT
+        if nonce != (block_nonce(index) if has_tag else _NO_NONCE) or (not has_tag and tag != _NO_TAG):
+            raise ChunkVersion(f"unknown authentication on block {index}")
         if not flags and digest.strip(b"\0"):
             raise ChunkForeign(f"absent block {index} has a digest")
-        rows.append(BlockEntry(chain, digest, bool(flags & FLAG_PRESENT)))
+        rows.append(BlockEntry(chain, digest, bool(flags & FLAG_PRESENT), tag))
     end = _FIXED_BYTES + count * _ENTRY.size
     if bytes(view[end : align_up(end)]).strip(b"\0"):
         raise ChunkVersion("reserved bytes after the block table are in use")
@@ -294,28 +428,57 @@ def check_header(
 
 
 def verify_blocks(header: ChunkHeader, first: int, stop: int, payload: memoryview) -> int | None:
-    """Verify blocks [first, stop) of a chunk.
+    """Verify blocks [first, stop) of a chunk, by their tags where there are some, and decrypt them in place.
 
     Args:
-        header: decoded and checked.
+        header: decoded and checked; where the chunk is protected, authenticated.
         first: first block.
         stop: one past the last block.
         payload: the bytes of exactly those blocks, ``block_stride_bytes`` each.
 
     Returns:
-        None if every block is right, else the index of the first bad or absent one.
+        None if every block is right, else the index of the first bad or absent one; those after it stay encrypted.
     """
-    stride, length = header.geometry.block_stride_bytes, header.geometry.block_bytes
 
     def digest_of(index: int, chain_hash: bytes) -> bytes:
-        start = (index - first) * stride
-        return block_digest(payload[start : start + length], chain_hash, index)
+        return block_digest(_block(header, index - first, payload), chain_hash, index)
 
-    return first_bad_block(header, first, stop, digest_of)
+    if header.seal is None:
+        return first_bad_block(header, first, stop, digest_of)
+    assert header.guard is not None, "a protected chunk must be authenticated before its blocks are"
+    for index in range(first, stop):
+        entry, block = header.blocks[index], _block(header, index - first, payload)
+        whole = entry.present and block.nbytes == header.geometry.block_bytes
+        if not whole or not header.guard.open_block(block, entry.chain_hash, index, entry.tag):
+            return index
+    return None
+
+
+def kind_of_bad_block(header: ChunkHeader, index: int, first: int, payload: memoryview) -> str:
+    """What is wrong with the block that ``verify_blocks`` stopped at, as a kind of miss.
+
+    Args:
+        header: as there.
+        index: what it returned.
+        first: as there.
+        payload: as there, not touched since.
+    """
+    entry, block = header.blocks[index], _block(header, index - first, payload)
+    if header.guard is None or not entry.present or block.nbytes != header.geometry.block_bytes:
+        return ChunkDamaged.kind
+    header.guard.unopen_block(block, index)
+    intact = block_digest(block, entry.chain_hash, index) == entry.digest
+    return ChunkForged.kind if intact else ChunkDamaged.kind
+
+
+def _block(header: ChunkHeader, place: int, payload: memoryview) -> memoryview:
+    start = place * header.geometry.block_stride_bytes
+    return payload[start : start + header.geometry.block_bytes]
 
 
 def first_bad_block(header: ChunkHeader, first: int, stop: int, digest_of: Callable[[int, bytes], bytes]) -> int | None:
     """As ``verify_blocks``, for digests made elsewhere: by the block's index in the chunk and its chain hash."""
+    assert header.seal is None, "digests do not verify a protected chunk"
     for index in range(first, stop):
         entry = header.blocks[index]
         if not entry.present or digest_of(index, entry.chain_hash) != entry.digest:

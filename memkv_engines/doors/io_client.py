@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from memkv_engines.chunk.layout import KVLayout, Tile, align_up
 from memkv_engines.config import Config, split_paths
+from memkv_engines.doors.protection import protection_spec
 from memkv_engines.errors import ConfigError
 from memkv_engines.limits import GPU_DEFAULT_SLOTS, GPU_MAX_SLOTS, GPU_STAGING_BYTES
 from memkv_engines.log import get_logger
@@ -76,7 +76,7 @@ def worker_client(
     if pages is None:
         advise_huge_pages(groups)
         return make_client(groups)
-    policy = Policy(**dataclasses.asdict(config.transport))
+    policy = Policy.of(config)
     chosen = plan(policy, split_paths(config.tier.path)[0], on_gpu=True, threads=config.io.io_threads)
     log.info(
         "KV cache on a GPU: %s, staged in %s memory (%s)", chosen.decision.kind, chosen.decision.medium, chosen.reason
@@ -157,6 +157,7 @@ def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool, on_gpu:
         gds="auto" if on_gpu else config.transport.gds,
         nixl_plugin=config.transport.nixl_plugin,
         staging_medium="auto" if on_gpu else config.transport.staging_medium,
+        protection=protection_spec(config),
     )
 
 

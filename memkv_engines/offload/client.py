@@ -27,7 +27,7 @@ from memkv_engines.limits import (
     TRIAL_LOAD_S,
 )
 from memkv_engines.log import get_logger
-from memkv_engines.metrics import Counters
+from memkv_engines.metrics import COUNTERS, Counters
 from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend, still_dying
 from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.messages import (
@@ -459,14 +459,4 @@ class IoClient:
         self._breaker.failed()
 
 
-MISS_COUNTERS = frozenset(
-    {
-        "miss_missing",
-        "miss_truncated",
-        "miss_damaged",
-        "miss_foreign",
-        "miss_version",
-        "miss_io_error",
-        "miss_io_service",
-    }
-)
+MISS_COUNTERS = frozenset(name for name in COUNTERS if name.startswith("miss_"))

@@ -51,6 +51,7 @@ class DirectBackend:
         stream: Callable[[], int],
         fence_timeout_s: float,
     ) -> None:
+        assert setup.protection is None, "transports.select stages protected chunks in host memory"
         self._stream, self._gate = stream, ScatterGate(fence_timeout_s)
         self._replies: deque[Reply] = deque([Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason)])
         self._news = threading.Condition()

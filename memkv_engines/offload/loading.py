@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memkv_engines.chunk.codec import ChunkHeader, Geometry, check_header, decode_header, verify_blocks
+from memkv_engines.chunk.codec import (
+    ChunkHeader,
+    Geometry,
+    check_header,
+    decode_header,
+    kind_of_bad_block,
+    verify_blocks,
+)
+from memkv_engines.chunk.protection import Protection
 from memkv_engines.errors import ChunkDamaged, ChunkError, ChunkForeign, ChunkTruncated, IoServiceError
 from memkv_engines.keys import ChunkName, namespace_folder
 from memkv_engines.limits import KEY_BYTES
@@ -24,7 +32,8 @@ from memkv_engines.offload.staging import Slot
 from memkv_engines.tier.base import ChunkReader, Tier
 from memkv_engines.transports.base import View
 
-REMOVABLE_KINDS = frozenset({"truncated", "damaged", "foreign"})
+REMOVABLE_KINDS = frozenset({"truncated", "damaged", "foreign", "unauthenticated", "forged"})
+"""What stands where a right chunk could. A chunk of another key or a later format is somebody's, and stays."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,13 @@ class ChunkLoad(ABC):
         group: geometry of its KV group in this worker.
         tier: where from.
         slot: staging memory, whose kind the subclass knows.
+        protection: the reader's; only what is protected so is taken.
     """
 
-    def __init__(self, chunk: LoadChunk, group: Group, tier: Tier, slot: Any) -> None:
-        self._chunk, self._group, self._tier, self.slot = chunk, group, tier, slot
+    def __init__(
+        self, chunk: LoadChunk, group: Group, tier: Tier, slot: Any, protection: Protection | None = None
+    ) -> None:
+        self._chunk, self._group, self._tier, self.slot, self._protection = chunk, group, tier, slot, protection
         self._hashes = chunk.hashes
         self._take = len(chunk.block_ids)
         self._stop = chunk.take_first + self._take
@@ -192,15 +204,16 @@ class ChunkLoad(ABC):
         """Verify and scatter the piece in the slot. Returns what is wrong with it, empty for nothing."""
         first, stop = self._piece_first, self._piece_stop
         if self._header is None:
-            self._header = decode_header(self._header_view())
+            self._header = decode_header(self._header_view(), self._protection)
             check_header(self._header, self._chunk.namespace, self.name, self._geometry, self._hashes[: self._stop])
-        bad = self._first_bad(self._header, first, stop)
+        header = self._header
+        bad = self._first_bad(header, first, stop)
         good = (stop if bad is None else bad) - first
         if good:
             self._scatter(self._chunk.block_ids[self._good : self._good + good])
         self._good += good
         self._piece_first = stop
-        return "" if bad is None else ChunkDamaged.kind
+        return "" if bad is None else self._kind_of_bad(header, bad, first)
 
     # --- where it is staged ----------------------------------------------------
 
@@ -220,6 +233,10 @@ class ChunkLoad(ABC):
     def _first_bad(self, header: ChunkHeader, first: int, stop: int) -> int | None:
         """Verify the staged blocks, which are [first, stop) of the chunk; as ``verify_blocks``."""
 
+    def _kind_of_bad(self, header: ChunkHeader, bad: int, first: int) -> str:
+        """What is wrong with the block that ``_first_bad`` found; as ``kind_of_bad_block``."""
+        return ChunkDamaged.kind
+
     @abstractmethod
     def _scatter(self, block_ids: npt.NDArray[np.int32]) -> None:
         """Copy the first staged blocks into these pages."""
@@ -229,13 +246,21 @@ class HostLoad(ChunkLoad):
     """Loads one chunk through host memory: its header, and behind it the blocks.
 
     Args:
-        chunk, group, tier: as for ``ChunkLoad``.
+        chunk, group, tier, protection: as for ``ChunkLoad``.
         pages: where to.
-        slot: staging memory.
+        slot: staging memory; encrypted blocks are decrypted in it.
     """
 
-    def __init__(self, chunk: LoadChunk, group: Group, tier: Tier, pages: Pages, slot: Slot) -> None:
-        super().__init__(chunk, group, tier, slot)
+    def __init__(
+        self,
+        chunk: LoadChunk,
+        group: Group,
+        tier: Tier,
+        pages: Pages,
+        slot: Slot,
+        protection: Protection | None = None,
+    ) -> None:
+        super().__init__(chunk, group, tier, slot, protection)
         self._pages, self._view, self._address = pages, slot.view, slot.address
 
     def _room_bytes(self) -> int:
@@ -250,9 +275,15 @@ class HostLoad(ChunkLoad):
         return [self._view[start : g.header_bytes + blocks * g.block_stride_bytes]]
 
     def _first_bad(self, header: ChunkHeader, first: int, stop: int) -> int | None:
-        (payload,) = self._views(stop - first, header=False)
+        return verify_blocks(header, first, stop, self._payload(stop - first))
+
+    def _kind_of_bad(self, header: ChunkHeader, bad: int, first: int) -> str:
+        return kind_of_bad_block(header, bad, first, self._payload(bad + 1 - first))
+
+    def _payload(self, blocks: int) -> memoryview:
+        (payload,) = self._views(blocks, header=False)
         assert isinstance(payload, memoryview)
-        return verify_blocks(header, first, stop, payload)
+        return payload
 
     def _scatter(self, block_ids: npt.NDArray[np.int32]) -> None:
         g, layout = self._geometry, self._group.layout

@@ -34,11 +34,22 @@ class GroupSpec(msgspec.Struct, frozen=True):
     tiles: tuple[TileSpec, ...] = ()
 
 
+class ProtectionSpec(msgspec.Struct, frozen=True):
+    """The user's key, on its way to the process that uses it; ``repr`` does not show it."""
+
+    encrypt: bool
+    key: bytes
+
+    def __repr__(self) -> str:
+        return f"ProtectionSpec(encrypt={self.encrypt}, key=set)"
+
+
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
     """First message: what to serve. ``canary_address`` lets the child prove that it can read the engine's memory.
 
     ``transport`` to ``staging_medium`` are the policy of ``transports.select``; ``kv_on_gpu`` tells where the engine's
     pages are. A service that only probes reads headers, for which posix is as good as any.
+    ``protection`` is None where chunks are neither authenticated nor encrypted.
     ``mount_points`` is empty at the first start. Later ones must find the directories where they were (``places``).
     """
 
@@ -59,6 +70,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     staging_medium: str = "auto"
     kv_on_gpu: bool = False
     mount_points: tuple[str, ...] = ()
+    protection: ProtectionSpec | None = None
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):

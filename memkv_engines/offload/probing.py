@@ -12,6 +12,7 @@ import mmap
 import msgspec
 
 from memkv_engines.chunk.codec import Geometry, decode_header
+from memkv_engines.chunk.protection import Protection
 from memkv_engines.errors import ChunkError, IoServiceError, MemKVError
 from memkv_engines.keys import ChunkName, Shard, namespace_folder
 from memkv_engines.limits import KEY_BYTES, MAX_BLOCKS_PER_CHUNK, MAX_PROBE_SEGMENTS
@@ -28,10 +29,11 @@ class ChainWalk:
     Args:
         probe: what to look for.
         tier: where.
+        protection: the reader's; variants without it are not believed.
     """
 
-    def __init__(self, probe: Probe, tier: Tier) -> None:
-        self._tier = tier
+    def __init__(self, probe: Probe, tier: Tier, protection: Protection | None = None) -> None:
+        self._tier, self._protection = tier, protection
         self._folder = namespace_folder(probe.namespace)
         self._namespace = probe.namespace
         self._group = probe.group
@@ -124,7 +126,7 @@ class ChainWalk:
                 view = memoryview(buffer)
                 try:
                     reader.read([view], 0)
-                    header = decode_header(bytes(view))
+                    header = decode_header(bytes(view), self._protection)
                 finally:
                     view.release()
         except (ChunkError, MemKVError):

@@ -55,10 +55,10 @@ def main(argv: list[str]) -> int:
     try:
         tier = open_tier(setup)
         pages = _connect_pages(setup)
+        service = IoService(setup, tier, pages, lambda reply: _send(end, reply))
     except MemKVError as error:
         end.send(encode(Ready(error=str(error), error_kind=type(error).__name__)))
         return 1
-    service = IoService(setup, tier, pages, lambda reply: _send(end, reply))
     service.start()
     if not setup.read_only:
         start_keepers(tier)

@@ -11,9 +11,10 @@ import queue
 import time
 from collections.abc import Callable
 
-from memkv_engines.errors import IoServiceError
+from memkv_engines.chunk.protection import Protection
+from memkv_engines.errors import ConfigError, IoServiceError
 from memkv_engines.keys import Namespace
-from memkv_engines.limits import MAX_STAGING_SLOTS, MIN_STAGING_SLOTS
+from memkv_engines.limits import MAX_STAGING_SLOTS, MIN_STAGING_SLOTS, PROTECTION_KEY_BYTES
 from memkv_engines.log import get_logger
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.load_jobs import LoadJobs
@@ -40,6 +41,20 @@ def staging_slots(staging_bytes: int, slot_bytes: int, io_threads: int) -> tuple
     return load, min(max(slots - load, MIN_STAGING_SLOTS), MAX_STAGING_SLOTS)
 
 
+def open_protection(setup: Setup) -> Protection | None:
+    """What protects the chunks that a setup asks for.
+
+    Raises:
+        ConfigError: ``cryptography`` is missing, or the key has another length.
+    """
+    spec = setup.protection
+    if spec is None:
+        return None
+    if len(spec.key) != PROTECTION_KEY_BYTES:
+        raise ConfigError(f"a key has {PROTECTION_KEY_BYTES} bytes, not {len(spec.key)}")
+    return Protection(spec.key, encrypt=spec.encrypt)
+
+
 class IoService:
     """Serves one worker (loads, stores) or one scheduler (probes).
 
@@ -48,10 +63,14 @@ class IoService:
         tier: where chunks live.
         pages: how to reach the engine's pages; None for a service that only probes.
         reply: called from any service thread with each reply; must be thread-safe.
+
+    Raises:
+        ConfigError: as ``open_protection``.
     """
 
     def __init__(self, setup: Setup, tier: Tier, pages: Pages | None, reply: Callable[[Reply], None]) -> None:
         self._tier, self._reply = tier, reply
+        self._protection = open_protection(setup)
         self._probes: queue.SimpleQueue[Probe | Manifest | None] = queue.SimpleQueue()
         self._prober: ThreadGroup[Probe | Manifest] = ThreadGroup("probe", 1, self._probes, self._probe)
         self._loads: LoadJobs | None = None
@@ -78,7 +97,7 @@ class IoService:
         self._loads = LoadJobs(
             self._tier,
             load_staging,
-            lambda chunk, slot: HostLoad(chunk, groups[chunk.group], self._tier, pages, slot),
+            lambda chunk, slot: HostLoad(chunk, groups[chunk.group], self._tier, pages, slot, self._protection),
             readers=readers,
             placers=_PLACERS,
             reply=self._reply,
@@ -93,6 +112,7 @@ class IoService:
             writers=setup.io_threads,
             yield_to_loads=self._loads.wait_idle,
             reply=self._reply,
+            protection=self._protection,
         )
 
     def start(self) -> None:
@@ -127,7 +147,7 @@ class IoService:
             return
         start = time.perf_counter()
         try:
-            segments = tuple(ChainWalk(message, self._tier).run())
+            segments = tuple(ChainWalk(message, self._tier, self._protection).run())
         except JOB_ERRORS as error:
             log.warning("probe failed: %s", error)
             segments = ()

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from memkv_engines.chunk.protection import Protection
 from memkv_engines.log import get_logger
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import Gathered, Store, StoreDone
@@ -66,6 +67,7 @@ class StoreJobs:
         writers: threads that write.
         yield_to_loads: blocks, for at most the given seconds, while loads are pending.
         reply: called from any thread with each answer; must be thread-safe.
+        protection: what protects the chunks, if anything does.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class StoreJobs:
         writers: int,
         yield_to_loads: Callable[[float], None],
         reply: Callable[[Gathered | StoreDone], None],
+        protection: Protection | None = None,
     ) -> None:
         self._groups, self._tier, self._pages, self._staging, self._reply = groups, tier, pages, staging, reply
-        self._yield_to_loads = yield_to_loads
+        self._yield_to_loads, self._protection = yield_to_loads, protection
         self._submitted: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
         self._gathered: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._digested: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
@@ -143,7 +146,7 @@ class StoreJobs:
         if slot is None:
             return "shed"
         try:
-            store = HostStore(chunk, self._groups[chunk.group], slot)
+            store = HostStore(chunk, self._groups[chunk.group], slot, self._protection)
             store.gather(self._pages)
             return store
         except JOB_ERRORS as error:

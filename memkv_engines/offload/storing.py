@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memkv_engines.chunk.codec import Geometry, build_header
+from memkv_engines.chunk.protection import Protection
 from memkv_engines.errors import IoServiceError, TierError, TierFull, TransferOverdue, TransportError
 from memkv_engines.keys import ChunkKey, namespace_folder
 from memkv_engines.offload.groups import Group
@@ -85,11 +86,12 @@ class HostStore(ChunkStore):
         chunk: what to store and from where.
         group: geometry of its KV group in this worker.
         slot: staging memory, owned until ``write`` returns.
+        protection: what protects the chunk, if anything does.
     """
 
-    def __init__(self, chunk: StoreChunk, group: Group, slot: Slot) -> None:
+    def __init__(self, chunk: StoreChunk, group: Group, slot: Slot, protection: Protection | None = None) -> None:
         super().__init__(chunk, group)
-        self.slot = slot
+        self.slot, self._protection = slot, protection
         if self._geometry.object_bytes > slot.view.nbytes:
             raise IoServiceError("a store larger than a staging slot")
 
@@ -118,7 +120,7 @@ class HostStore(ChunkStore):
         )
 
     def digest(self, tier: Tier) -> bool:
-        """Make the header, unless the tier holds the chunk already.
+        """Encrypt in staging if that is wanted, and make the header; nothing where the tier holds the chunk already.
 
         Returns:
             Whether there is something to write.
@@ -133,6 +135,7 @@ class HostStore(ChunkStore):
             self._hashes,
             self._chunk.first_position,
             self.slot.view[g.header_bytes : g.object_bytes],
+            self._protection,
         )
         self.slot.view[: g.header_bytes] = header.encode()
         return True

@@ -13,6 +13,7 @@ from typing import Any
 
 from memkv_engines.config import Config
 from memkv_engines.doors.fingerprint import ParameterSums, config_digest, parameter_sums
+from memkv_engines.doors.protection import protection_identity
 from memkv_engines.errors import ConfigError, IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.sglang import compat
@@ -64,6 +65,7 @@ def build_namespace(
         "attention_cp": [int(storage_config.attn_cp_rank), int(storage_config.attn_cp_size)],
         "pools": [pool.identity() for pool in pools],
         "tenant": config.identity.tenant,
+        **protection_identity(config),
     }
     return Namespace(fields)
 

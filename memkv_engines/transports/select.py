@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memkv_engines.config import load_config
+from memkv_engines.config import Config, load_config
 from memkv_engines.errors import ConfigError, MemKVError
 from memkv_engines.limits import ALIGN_BYTES, GDS_PROBE_TIMEOUT_S
 from memkv_engines.transports import gds as gds_module
@@ -43,6 +43,12 @@ class Policy:
     gds: str = "auto"
     nixl_plugin: str = POSIX
     staging_medium: str = "auto"
+    protection: str = "off"
+
+    @classmethod
+    def of(cls, config: Config) -> Policy:
+        """What a configuration wants."""
+        return cls(**dataclasses.asdict(config.transport), protection=config.protection.protection)
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,17 @@ def _medium(policy: Policy, facts: Facts, *, on_gpu: bool) -> tuple[str, str]:
         raise ConfigError("staging_medium=gpu contradicts gds=off: set gds=auto, or staging_medium=host")
     if asked and (policy.transport == "posix" or (policy.transport, policy.nixl_plugin) == ("nixl", POSIX)):
         raise ConfigError(f"{asked}: transport={policy.transport} cannot move GPU memory; set transport=auto")
+    if asked and policy.protection != "off":
+        raise ConfigError(
+            f"{asked}, but with protection={policy.protection} blocks pass the host, where they are authenticated: set "
+            "gds=auto and staging_medium=auto, or protection=off"
+        )
     if not on_gpu:
         return HOST, "the KV cache is in host memory"
     if asked:
         return GPU, asked
+    if policy.protection != "off":
+        return HOST, f"staged in host memory: protection={policy.protection} authenticates blocks there"
     if policy.staging_medium == HOST or policy.gds == "off" or policy.transport == "posix":
         return HOST, "staging in host memory was asked for"
     if policy.transport == "nixl" and policy.nixl_plugin == POSIX:
@@ -259,7 +272,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(json.dumps({"error": str(error)}))
         return 1
-    policy, facts = Policy(**dataclasses.asdict(config.transport)), facts_of(argv[1])
+    policy, facts = Policy.of(config), facts_of(argv[1])
     answers: dict[str, Any] = {"gpudirect_lacks": facts.gpudirect_lacks, "nixl_lacks": facts.nixl_lacks}
     for name, on_gpu in ((HOST, False), (GPU, True)):
         try:

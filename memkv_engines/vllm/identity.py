@@ -6,6 +6,7 @@ from typing import Any
 
 from memkv_engines.config import Config
 from memkv_engines.doors.fingerprint import combine, config_digest
+from memkv_engines.doors.protection import protection_identity
 from memkv_engines.errors import IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.vllm import compat
@@ -36,6 +37,7 @@ def build_namespace(vllm_config: Any, config: Config, handshakes: list[Handshake
         "dtype": str(vllm_config.model_config.dtype),
         "groups": [g.agreed() for g in groups[0]],
         "tenant": config.identity.tenant,
+        **protection_identity(config),
         **compat.hash_identity(vllm_config),
     }
     return Namespace(fields)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from memkv_engines.config import Config
+from memkv_engines.doors.protection import protection_spec
 from memkv_engines.keys import Namespace, Shard
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
@@ -87,6 +88,7 @@ class SchedulerSide:
                 read_only=not self._stores,
                 io_threads=1,
                 staging_bytes=0,
+                protection=protection_spec(config),
             ),
             io_process=config.io.io_process,
             counters=self.counters,

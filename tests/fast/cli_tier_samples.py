@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memkv_engines.chunk.codec import build_header
+from memkv_engines.chunk.protection import Protection
 from memkv_engines.keys import ChunkKey, ChunkName, Namespace
 from memkv_engines.limits import TEMPORARY_MAX_AGE_S
 from memkv_engines.tier.directory import DirectoryTier
@@ -22,12 +23,12 @@ CHUNK_BYTES = 4096 + BLOCKS * 8192
 AGES_AGO = time.time() - 10 * TEMPORARY_MAX_AGE_S
 
 
-def chunk(namespace: Namespace, prompt: str) -> tuple[ChunkName, bytes]:
-    """A whole, right chunk."""
+def chunk(namespace: Namespace, prompt: str, guardian: Protection | None = None) -> tuple[ChunkName, bytes]:
+    """A whole, right chunk; protected, where something protects it."""
     hashes = chain(BLOCKS, prompt)
     key = ChunkKey(namespace.digest, hashes[0], hashes[-1], BLOCKS, 0, SHARD, 0)
     payload = bytearray(noise(BLOCKS * 8192, len(prompt)))
-    header = build_header(key, BLOCK_TOKENS, BLOCK_BYTES, hashes, 0, memoryview(payload))
+    header = build_header(key, BLOCK_TOKENS, BLOCK_BYTES, hashes, 0, memoryview(payload), guardian)
     return key.name, header.encode() + bytes(payload)
 
 

@@ -14,6 +14,7 @@ from tests.fast.cli_tier_samples import Directory, Run, filled
 from tests.fast.direct_samples import started_direct
 from tests.fast.io_samples import JobClient, quick_folder, setup_for, started, started_device
 from tests.fast.service_samples import POOLS, Service
+from tests.fast.tier_samples import mode_works
 
 
 @pytest.fixture(scope="module", params=["on", "off", "device", "direct"])
@@ -35,6 +36,14 @@ def quick() -> Iterator[Path]:
     """A folder in memory where there is one."""
     with quick_folder() as folder:
         yield folder
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> Path:
+    """A folder that takes direct I/O."""
+    if not mode_works(tmp_path, "direct"):
+        pytest.skip("this file system takes no direct I/O")
+    return tmp_path
 
 
 @pytest.fixture

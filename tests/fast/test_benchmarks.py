@@ -12,16 +12,8 @@ from benchmarks import bench_tier, harness, raw_limit
 from benchmarks.bench_tier import Result
 from memkv_engines.limits import KIB, MIB
 from tests.fast.samples import noise
-from tests.fast.tier_samples import mode_works
 
 SIZE = 64 * KIB
-
-
-@pytest.fixture
-def direct(tmp_path: Path) -> Path:
-    if not mode_works(tmp_path, "direct"):
-        pytest.skip("this file system takes no direct I/O")
-    return tmp_path
 
 
 # ------------------------------------------------------------------------------------------------------- bench_tier

@@ -17,7 +17,7 @@ MODULE_LINES_MAX = 499
 # From what may be imported by all to what imports all. Parts of one layer do not import each other, but for the pure
 # modules, which may.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "limits", "config", "metrics", "log", "keys"}),
+    frozenset({"errors", "limits", "config", "metrics", "log", "keys", "secret"}),
     frozenset({"chunk"}),
     frozenset({"gpu", "transports"}),
     frozenset({"tier"}),
@@ -34,6 +34,7 @@ HEAVY = {
     "vllm": ("vllm",),
     "sglang": ("sglang",),
     "lmcache": ("lmcache",),
+    "cryptography": ("chunk.protection",),
     "cupy": ("transports.gds",),
     "cuda": ("gpu",),
     "kvikio": ("transports.gds",),

@@ -106,9 +106,22 @@ def test_every_policy_has_an_answer_and_none_is_better_than_it_is() -> None:
 
 def test_the_configuration_has_the_keys_of_the_policy() -> None:
     config = load_config({"path": "kv", "transport": "nixl", "gds": False, "nixl_plugin": "VENDOR"}, {})
-    assert Policy(**dataclasses.asdict(config.transport)) == Policy("nixl", "off", "VENDOR", "auto")
+    assert Policy.of(config) == Policy("nixl", "off", "VENDOR", "auto")
     with pytest.raises(ConfigError, match="give one of"):
         load_config({"path": "kv", "transport": "rdma"}, {})
+
+
+@pytest.mark.parametrize("way", ["auth", "encrypt"])
+def test_protected_chunks_pass_the_host(way: str) -> None:
+    assert decide(Policy(), EVERYTHING, on_gpu=True).medium == "gpu"
+    decision = decide(Policy(protection=way), EVERYTHING, on_gpu=True)
+    assert decision.medium == "host" and f"protection={way}" in decision.reason
+    assert decide(Policy(protection=way, transport="gds"), EVERYTHING, on_gpu=True).kind == "gds/compat"
+    for asked in (Policy(gds="on", protection=way), Policy(staging_medium="gpu", protection=way)):
+        with pytest.raises(ConfigError, match=f"protection={way}.*protection=off"):
+            decide(asked, EVERYTHING, on_gpu=True)
+    config = load_config({"path": "kv", "protection": way}, {"MEMKV_ENGINES_PROTECTION_KEY": bytes(range(32)).hex()})
+    assert Policy.of(config) == Policy(protection=way)
 
 
 def test_nothing_is_looked_at_where_posix_is_certain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

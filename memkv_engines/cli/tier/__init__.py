@@ -58,6 +58,9 @@ def add_parser(commands: Any) -> None:
         command = _add(what, name, "examine", text, outcome)
         command.add_argument("--namespace", action="append", default=[], metavar="NAME", help="only these namespaces")
         command.add_argument("--quick", action="store_true", help="names, sizes and headers only, not the payloads")
+        command.add_argument(
+            "--key-file", metavar="FILE", help="the key of protected chunks: check what authenticates them too"
+        )
         command.set_defaults(repair=name == "repair", dry_run=False)
         if name == "repair":
             command.add_argument("--dry-run", action="store_true", help="only print what would be removed")

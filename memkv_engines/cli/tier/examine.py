@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from memkv_engines.chunk.protection import Protection
 from memkv_engines.cli.tier.place import Root, check_named, chosen, open_roots
 from memkv_engines.cli.tier.printing import JsonRows, Progress, human_size, plain, progress
 from memkv_engines.errors import (
@@ -19,6 +20,7 @@ from memkv_engines.errors import (
     TransportError,
 )
 from memkv_engines.offload.loading import REMOVABLE_KINDS
+from memkv_engines.secret import read_key_file
 from memkv_engines.tier import listing
 from memkv_engines.tier.check import check_chunk
 from memkv_engines.tier.eviction import OFF
@@ -61,9 +63,12 @@ def repair(arguments: argparse.Namespace) -> int:
 
 
 def _examine(arguments: argparse.Namespace) -> int:
+    # Before anything is printed: a key that cannot be used is a wrong call.
+    arguments.protection = _protection(arguments.key_file)
     with open_roots(arguments.path) as roots, JsonRows("findings", on=arguments.json) as rows:
         check_named(roots, arguments.namespace)
-        summary = {"chunks": 0, "bytes": 0, "findings": 0, "repaired": 0, "freed_bytes": 0}
+        summary = {"chunks": 0, "bytes": 0, "authenticated": 0, "digests_only": 0}
+        summary |= {"findings": 0, "repaired": 0, "freed_bytes": 0}
         with progress(_expected_bytes(roots)) as bar:
             for root in roots:
                 _examine_root(root, arguments, rows, summary, bar)
@@ -74,7 +79,19 @@ def _examine(arguments: argparse.Namespace) -> int:
         if arguments.repair:
             line += f", {summary['repaired']} repaired, {human_size(summary['freed_bytes'])} freed"
         print(f"{line}{' (dry run)' if arguments.dry_run else ''}")
+        if summary["authenticated"]:
+            print(f"{summary['authenticated']} of them are authentic")
+        if summary["digests_only"]:
+            why = "are of another key" if arguments.key_file else "need --key-file"
+            print(f"{summary['digests_only']} are protected: digests checked only, their MACs {why}")
     return 1 if left else 0
+
+
+def _protection(key_file: str | None) -> Protection | None:
+    if key_file is None:
+        return None
+    # It reads what is encrypted and what is not.
+    return Protection(read_key_file(key_file, "--key-file").reveal(), encrypt=False)
 
 
 def _examine_root(
@@ -128,13 +145,14 @@ def _findings(root: Root, arguments: argparse.Namespace, summary: dict[str, int]
         yield from _record_findings(root)
     for folder in folders:
         yield from _namespace_findings(root, folder)
+        key_id = _key_id_of(root, folder)
         for entry in listing.files(root.fd, folder, root.note):
             finding = _leftover(entry) if entry.is_temporary else None
             if entry.name is not None:
                 summary["chunks"] += 1
                 summary["bytes"] += entry.info.st_size
                 root.held_bytes += entry.info.st_size
-                finding = _chunk_finding(root, entry, bar, payload=not arguments.quick)
+                finding = _chunk_finding(root, entry, bar, arguments, key_id, summary)
             if finding is not None:
                 yield finding
     for place, why in root.unread:
@@ -149,10 +167,21 @@ def _leftover(entry: Entry) -> Finding | None:
     return Finding(f"{entry.place}/{entry.text}", "temporary", "left by a writer that ended early", entry)
 
 
-def _chunk_finding(root: Root, entry: Entry, bar: Progress, *, payload: bool) -> Finding | None:
+def _chunk_finding(
+    root: Root, entry: Entry, bar: Progress, arguments: argparse.Namespace, key_id: bytes, summary: dict[str, int]
+) -> Finding | None:
     place = f"{entry.place}/{entry.text}"
     try:
-        check_chunk(entry, root.owners, payload=payload, on_bytes=bar.bytes)
+        header = check_chunk(
+            entry,
+            root.owners,
+            payload=not arguments.quick,
+            key_id=key_id,
+            protection=arguments.protection,
+            on_bytes=bar.bytes,
+        )
+        if header.seal is not None:
+            summary["authenticated" if header.guard else "digests_only"] += 1
     except ChunkMissing:
         return None  # Evicted meanwhile.
     except ChunkError as error:
@@ -180,6 +209,17 @@ def _namespace_findings(root: Root, folder: str) -> Iterator[Finding]:
         read_manifest(namespace.fd, folder)
     except (ChunkForeign, OSError) as error:
         yield Finding(f"{folder}/{MANIFEST}", "manifest", str(error))
+
+
+def _key_id_of(root: Root, folder: str) -> bytes:
+    """The key that a namespace is protected with, as its manifest says; empty for none, or without a manifest."""
+    try:
+        namespace = Folder(folder, root.fd)
+        manifest = read_manifest(namespace.fd, folder) or {}
+        protection = manifest.get("protection")
+        return bytes.fromhex(str(protection["key_id"])) if isinstance(protection, dict) else b""
+    except (ChunkForeign, OSError, KeyError, ValueError):
+        return b""
 
 
 def _usage_findings(root: Root) -> Iterator[Finding]:

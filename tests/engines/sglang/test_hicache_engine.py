@@ -23,7 +23,7 @@ from tests.engines.sglang.engines import (
     wait_until,
 )
 from tests.engines.sglang.forked_engines import ForkedEngine
-from tests.engines.sglang.tier_of_engine import chunks_aside, damage, stored_tokens
+from tests.engines.sglang.tier_of_engine import chunks_aside, damage, plant, stored_tokens
 
 PROMPT_TOKENS = 600
 PROMPT = tokens_of(5, PROMPT_TOKENS)
@@ -111,6 +111,25 @@ def test_other_weights_do_not_hit(tmp_path: Path) -> None:
     manifests = [json.loads(path.read_text()) for path in tier.glob("*/manifest.json")]
     assert len({m["weights"] for m in manifests}) == 2
     assert all(m["weights"].startswith("sums:") for m in manifests)
+
+
+def test_encrypted_chunks_come_back_and_planted_ones_do_not(tmp_path: Path) -> None:
+    """Somebody who can write the tier, and has no key, writes other values with digests that fit."""
+    tier, key = tmp_path / "tier", tmp_path / "key"
+    key.touch(0o600)
+    key.write_text("5f1c" + "0123456789abcdef" * 3 + "90817263544f")
+    protected = memkv(tier, protection="encrypt", protection_key_file=str(key))
+    with ForkedEngine("tiny-sg-llama", log=tmp_path / "a.log", **protected) as engine:
+        cold = engine.generate(PROMPT)
+        wait_until(lambda: stored_tokens(tier) >= PROMPT_TOKENS - PAGE_TOKENS, "the prompt's pages are stored")
+    with ForkedEngine("tiny-sg-llama", log=tmp_path / "b.log", **protected) as engine:
+        restored = engine.generate(PROMPT)
+        engine.flush()
+        plant(tier)
+        planted = engine.generate(PROMPT)
+    assert restored.from_storage >= PROMPT_TOKENS - PAGE_TOKENS and is_same(restored, cold)
+    assert planted.from_storage == 0 and is_same(planted, cold)
+    assert "unauthenticated" in (tmp_path / "b.log").read_text()
 
 
 def test_an_unknown_key_stops_the_engine_with_a_hint(tmp_path: Path) -> None:

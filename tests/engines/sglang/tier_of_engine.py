@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memkv_engines.chunk.codec import decode_header
+from memkv_engines.chunk.codec import build_header, read_header
 from memkv_engines.keys import ChunkName
 from tests.engines.sglang.engines import PAGE_TOKENS
 
@@ -20,7 +20,7 @@ def stored_tokens(tier: Path) -> int:
 def damage_file(path: Path) -> None:
     """Flip a bit in the middle block of a chunk."""
     data = bytearray(path.read_bytes())
-    geometry = decode_header(data).geometry
+    geometry = read_header(data).geometry
     data[geometry.block_offset(geometry.block_count // 2) + geometry.block_bytes // 2] ^= 4
     path.write_bytes(data)
 
@@ -31,6 +31,17 @@ def damage(tier: Path) -> int:
     for path in paths:
         damage_file(path)
     return len(paths)
+
+
+def plant(tier: Path) -> None:
+    """Other values in every chunk, with digests that fit, as somebody without a key can write them."""
+    for path in tier.rglob("*.kv"):
+        header = read_header(path.read_bytes())
+        payload = memoryview(bytearray(b"\x3f" * header.geometry.payload_bytes))
+        hashes = [block.chain_hash for block in header.blocks]
+        tokens, size = header.geometry.block_tokens, header.geometry.block_bytes
+        planted = build_header(header.key, tokens, size, hashes, header.first_position, payload)
+        path.write_bytes(planted.encode() + payload)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memkv_engines.chunk.checksum import header_digest
-from memkv_engines.chunk.codec import ChunkHeader, decode_header
+from memkv_engines.chunk.codec import ChunkHeader, build_header, read_header
 
 _VERSION_OFFSET = 8
 _DIGEST_FIRST, _DIGEST_STOP = 496, 512
@@ -21,8 +21,8 @@ def chunk_files(folder: Path) -> list[Path]:
 
 
 def header_of(file: Path) -> ChunkHeader:
-    """Returns the header of a chunk file that is not damaged."""
-    return decode_header(file.read_bytes()[: 64 << 10])
+    """Returns the header of a chunk file that is not damaged, protected or not."""
+    return read_header(file.read_bytes()[: 64 << 10])
 
 
 def chunks_of_group(files: list[Path], group: int) -> list[Path]:
@@ -122,6 +122,16 @@ def _scramble(file: Path, tier: Path) -> None:
         handle.write(b"\x3f" * geometry.payload_bytes)
 
 
+def _plant(file: Path, tier: Path) -> None:
+    """As `_scramble`, by somebody who knows the format and makes every digest fit; but has no key."""
+    header = header_of(file)
+    payload = memoryview(bytearray(b"\x3f" * header.geometry.payload_bytes))
+    hashes = [block.chain_hash for block in header.blocks]
+    tokens, size = header.geometry.block_tokens, header.geometry.block_bytes
+    planted = build_header(header.key, tokens, size, hashes, header.first_position, payload)
+    file.write_bytes(planted.encode() + payload)
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "flip_payload": _flip_payload,
     "flip_header": _flip_header,
@@ -138,5 +148,6 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "folder": _folder,
     "owner": _owner,
     "scramble": _scramble,
+    "plant": _plant,
 }
 """By name: what to do to a chunk file, given the directory of its tier as well."""
