@@ -1,7 +1,7 @@
 """Compares ours with its peers, in one command, on one machine, in one run.
 
     make compare                              # about 25 minutes; or: python -m benchmarks.compare
-    make compare ARGS="--profile full"        # hours: more rounds, longer prompts
+    make compare ARGS="--profile full"        # an hour and a half: more rounds, and longer prompts to a larger model
     make compare ARGS="--stages sglang"       # one engine only
 
 Prints its plan and an estimate first. Each engine's contestants run in that engine's environment (`stage`), and write
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,58 +38,87 @@ GRACE_MINUTES = 12.0
 END_TIMEOUT_S = 120.0
 
 
-def sides_of(stage: str, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Returns the contestants of a stage, all or those that are wanted."""
-    return tuple(name for name in STAGES[stage] if not wanted or name in wanted)
+@dataclass(frozen=True)
+class Run:
+    """One stage with one profile.
+
+    Attributes:
+        name: What it is called in the record.
+        stage: Whose contestants.
+        profile: What they are asked for.
+        sides: Who takes part.
+    """
+
+    name: str
+    stage: str
+    profile: Profile
+    sides: tuple[str, ...]
+
+    @property
+    def minutes(self) -> float:
+        """When it leaves out what it can leave out."""
+        return self.profile.vllm_minutes if self.stage == "vllm" else self.profile.sglang_minutes
+
+    def estimates(self) -> list[plan.Estimate]:
+        """Returns what it takes."""
+        if self.stage == "sglang":
+            return plan.estimate_sglang(self.profile, len(self.sides))
+        asked = [side for side in self.sides if side != THROTTLED]
+        storing = [side for side in asked if side not in (NO_CACHE, PREFIX_CACHE)]
+        return plan.estimate_vllm(self.profile, len(asked), len(storing))
 
 
-def estimates(stage: str, profile: Profile, sides: Sequence[str]) -> list[plan.Estimate]:
-    """Returns what a stage takes."""
-    if stage == "sglang":
-        return plan.estimate_sglang(profile, len(sides))
-    asked = [side for side in sides if side != THROTTLED]
-    return plan.estimate_vllm(profile, len(asked), len([s for s in asked if s not in (NO_CACHE, PREFIX_CACHE)]))
+def runs_of(profile: Profile, stages: Sequence[str], wanted: Sequence[str] | None = None) -> list[Run]:
+    """Returns what is run, in order; `wanted` names the only sides that take part."""
+    found = []
+    for stage in stages:
+        for one in (profile, *(PROFILES[name] for name in profile.then if stage == "vllm")):
+            sides = tuple(
+                name for name in (one.vllm_sides if stage == "vllm" else SGLANG_SIDES) if not wanted or name in wanted
+            )
+            if sides and not (stage == "sglang" and one.only_documents):
+                found.append(Run(stage if one is profile else f"{stage}, {one.name}", stage, one, sides))
+    return found
 
 
-def show_plan(profile: Profile, stages: Sequence[str], wanted: Sequence[str] | None) -> None:
+def show_plan(profile: Profile, runs: Sequence[Run]) -> None:
     """Prints what will be run and how long it takes on a machine like the one it was planned on."""
     rows, total = [], 0.0
-    for stage in stages:
-        sides = sides_of(stage, wanted)
-        print(f"{stage}: {'; '.join(sides)}")
-        for one in estimates(stage, profile, sides):
-            rows.append([f"{stage}: {one.what}", str(one.visits), f"{one.seconds / 60:.1f} min"])
+    for run in runs:
+        print(f"{run.name}: {'; '.join(run.sides)}")
+        for one in run.estimates():
+            rows.append([f"{run.name}: {one.what}", str(one.visits), f"{one.seconds / 60:.1f} min"])
             total += one.seconds
     rows.append(["all", "", f"{total / 60:.0f} min"])
     harness.print_table(f"plan of profile {profile.name}", ["", "visits", "estimate"], rows)
-    limits = ", ".join(f"{stage} {minutes_of(stage, profile):.0f} min" for stage in stages)
-    print(f"Rounds beyond the first are left out once a stage has taken this long: {limits}.", flush=True)
+    limits = ", ".join(f"{run.name} {run.minutes:.0f} min" for run in runs)
+    print(f"Rounds beyond those needed are left out once a stage has taken this long: {limits}.", flush=True)
 
 
-def minutes_of(stage: str, profile: Profile) -> float:
-    """Returns when a stage leaves out what it can leave out."""
-    return profile.vllm_minutes if stage == "vllm" else profile.sglang_minutes
-
-
-def run_stage(stage: str, profile: Profile, wanted: Sequence[str] | None, output: Path, folder: Path) -> dict[str, Any]:
+def run_stage(run: Run, output: Path, folder: Path) -> dict[str, Any]:
     """Runs a stage in its engine's environment; whatever becomes of it, returns what it wrote.
+
+    Args:
+        run: Which.
+        output: The stage's JSON file, written as it goes.
+        folder: Where the sides store.
 
     Returns:
         The stage's record; with `error` where it did not reach its end.
     """
     output.unlink(missing_ok=True)
     command = [
-        str(ROOT / ".venvs" / stage / "bin" / "python"), "-m", "benchmarks.compare.stage", stage,
-        "--profile", profile.name, "--output", str(output), "--folder", str(folder),
-        "--sides", ";".join(sides_of(stage, wanted)),
+        str(ROOT / ".venvs" / run.stage / "bin" / "python"), "-m", "benchmarks.compare.stage", run.stage,
+        "--profile", run.profile.name, "--output", str(output), "--folder", str(folder),
+        "--sides", ";".join(run.sides),
     ]  # fmt: skip
     why = ""
     try:
-        process = subprocess.Popen(command, cwd=ROOT, env=stage_environment(stage))
+        process = subprocess.Popen(command, cwd=ROOT, env=stage_environment(run.stage))
     except OSError as error:
-        return failed_stage(stage, profile, f"it could not be started ({error.strerror}): build .venvs/{stage} first")
+        return failed_stage(run, f"it could not be started ({error.strerror}): build .venvs/{run.stage} first")
     try:
-        code = process.wait(60.0 * (minutes_of(stage, profile) + GRACE_MINUTES))
+        code = process.wait(60.0 * (run.minutes + GRACE_MINUTES))
         why = f"it ended with code {code}" if code not in (0, 1) else ""
     except subprocess.TimeoutExpired:
         why = "it ran past its limit"
@@ -98,7 +127,7 @@ def run_stage(stage: str, profile: Profile, wanted: Sequence[str] | None, output
     try:
         body: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return failed_stage(stage, profile, why or "it wrote nothing")
+        return failed_stage(run, why or "it wrote nothing")
     if not body["complete"]:
         body["error"] = why or "it ended early; its output says why"
     return body
@@ -113,13 +142,20 @@ def stage_environment(stage: str) -> dict[str, str]:
     return engine_env(None, PYTHONPATH=paths, PYTHONUNBUFFERED="1", **more)
 
 
-def failed_stage(stage: str, profile: Profile, why: str) -> dict[str, Any]:
+def failed_stage(run: Run, why: str) -> dict[str, Any]:
     """Returns the record of a stage that left none."""
-    sides = {name: {"what": "", "status": "failed", "error": why} for name in STAGES[stage]}
+    sides = {name: {"what": "", "status": "failed", "error": why} for name in run.sides}
     return {
-        "stage": stage, "profile": asdict(profile), "environment": {"versions": {}}, "complete": False, "error": why,
-        "sides": sides, "notes": [], "raw_reads": [], "batches": [],
-    }  # fmt: skip
+        "stage": run.stage,
+        "profile": asdict(run.profile),
+        "environment": {"versions": {}},
+        "complete": False,
+        "error": why,
+        "sides": sides,
+        "notes": [],
+        "raw_reads": [],
+        "batches": [],
+    }
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -141,10 +177,10 @@ def combined(profile: Profile, stages: dict[str, dict[str, Any]], seconds: float
     cells: list[dict[str, Any]] = []
     noise: dict[str, float | None] = {}
     for name, body in stages.items():
-        verdict = JUDGES[name](body)
-        judgements += [one.as_dict() for one in verdict.judgements]
-        cells += [asdict(cell) for cell in verdict.cells]
-        noise |= verdict.noise
+        verdict = JUDGES[body["stage"]](body)
+        judgements += [{"run": name, **one.as_dict()} for one in verdict.judgements]
+        cells += [{"run": name, **asdict(cell)} for cell in verdict.cells]
+        noise[name] = verdict.noise
     return {
         "benchmark": "compare",
         "profile": profile.name,
@@ -210,18 +246,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in parsed.sides or () if name not in known]:
         parser.error(f"--sides: {'; '.join(unknown)}: choose from {'; '.join(known)}")
     profile = PROFILES[parsed.profile]
-    show_plan(profile, parsed.stages, parsed.sides)
+    runs = runs_of(profile, parsed.stages, parsed.sides)
+    show_plan(profile, runs)
     if parsed.plan:
         return 0
     results = parsed.results or (parsed.output if profile.light else ROOT / "benchmarks")
     parsed.output.mkdir(parents=True, exist_ok=True)
     started, stages = time.monotonic(), {}
     body: dict[str, Any] = {}
-    for stage in parsed.stages:
-        if not sides_of(stage, parsed.sides):
-            continue
-        partial = parsed.output / f"compare-{stage}.json"
-        stages[stage] = run_stage(stage, profile, parsed.sides, partial, parsed.folder)
+    for run in runs:
+        partial = parsed.output / f"compare-{run.name.replace(', ', '-')}.json"
+        stages[run.name] = run_stage(run, partial, parsed.folder)
         # After every stage, so that a later one cannot take it along.
         body = combined(profile, stages, time.monotonic() - started, parsed.output)
         harness.write_json(body, parsed.output / "compare.json")

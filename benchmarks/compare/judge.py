@@ -398,7 +398,7 @@ class Verdict:
 
     judgements: tuple[Judgement, ...]
     cells: tuple[Cell, ...]
-    noise: dict[str, float | None]
+    noise: float | None
 
 
 def judge_vllm(body: Mapping[str, Any]) -> Verdict:
@@ -414,8 +414,7 @@ def judge_vllm(body: Mapping[str, Any]) -> Verdict:
     ]
     by_length = [f"{DOCUMENTS}, {length} tokens" for length in lengths]
     peers = (PREFIX_CACHE, NATIVE, LMCACHE_FS)
-    judgements = [
-        judge_restore(batches, body["raw_reads"], lengths[-1]),
+    conversations = [
         judge_throughput(
             batches,
             CONVERSATIONS,
@@ -427,11 +426,17 @@ def judge_vllm(body: Mapping[str, Any]) -> Verdict:
         judge_throughput(
             batches, CONVERSATIONS, MEMKV, peers, 1.0, f"{MEMKV}: they run at least as fast as with the best peer"
         ),
-        *judge_first_visit(batches),
-        judge_hits(cells, MEMKV, [*by_length, CONVERSATIONS], noise),
-        judge_hits(cells, THROTTLED, by_length, noise),
     ]
-    return Verdict(tuple(judgements), tuple(cells), {"vllm": noise})
+    others = [] if body["profile"]["only_documents"] else [CONVERSATIONS]
+    judgements = [
+        judge_restore(batches, body["raw_reads"], lengths[-1]),
+        *(conversations if others else []),
+        *judge_first_visit(batches),
+        judge_hits(cells, MEMKV, [*by_length, *others], noise),
+    ]
+    if THROTTLED in body["profile"]["vllm_sides"]:
+        judgements.append(judge_hits(cells, THROTTLED, by_length, noise))
+    return Verdict(tuple(judgements), tuple(cells), noise)
 
 
 def judge_sglang(body: Mapping[str, Any]) -> Verdict:
@@ -453,4 +458,4 @@ def judge_sglang(body: Mapping[str, Any]) -> Verdict:
             ),
             judge_hits(cells, side, [CONVERSATIONS], noise),
         ]  # fmt: skip
-    return Verdict(tuple(judgements), tuple(cells), {"sglang": noise})
+    return Verdict(tuple(judgements), tuple(cells), noise)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from benchmarks.compare.names import LMCACHE_FS, MEMKV, NATIVE, PREFIX_CACHE, VLLM_SIDES
+
+RANDOM_335M = "random-335m"
 # Back of the envelope, two virtual cores, SmolLM2-135M in bfloat16: 0.9 s for 1,000 tokens and 13 s for 8,000.
 _SECONDS_PER_TOKEN = 0.8e-3
 _SECONDS_PER_TOKEN_SQUARED = 0.104e-6
@@ -114,6 +117,10 @@ class Profile:
         vllm_minutes: Rounds that are not needed are left out when vLLM's stage has taken this long.
         sglang_minutes: The same for SGLang's stage.
         light: Engines in one process with one thread, that start in a third of the time.
+        dram_tier_bytes: Memory of the tier that each peer in vLLM puts before its disk. Ours has none.
+        vllm_sides: Who takes part in vLLM's stage.
+        only_documents: Leave out all workloads in vLLM but the documents.
+        then: Further profiles that are run in vLLM after this one.
     """
 
     name: str
@@ -131,6 +138,10 @@ class Profile:
     vllm_minutes: float
     sglang_minutes: float
     light: bool = False
+    dram_tier_bytes: int = 512 << 20
+    vllm_sides: tuple[str, ...] = VLLM_SIDES
+    only_documents: bool = False
+    then: tuple[str, ...] = ()
 
 
 DEFAULT = Profile(
@@ -177,6 +188,21 @@ FULL = replace(
     sglang_pool_tokens=60 * 64,
     vllm_minutes=150.0,
     sglang_minutes=40.0,
+    then=("long",),
+)
+LONG = replace(
+    DEFAULT,
+    name="long",
+    # Random weights, and 48 KiB of KV a token.
+    model=RANDOM_335M,
+    kv_bytes=850 << 20,
+    max_model_len=16_640,
+    documents=Documents(lengths=(8000, 16_000), answer_tokens=4, restores=5, gate_rounds=4),
+    vllm_minutes=60.0,
+    dram_tier_bytes=1 << 30,
+    # What fits into 23 GiB.
+    vllm_sides=(PREFIX_CACHE, NATIVE, LMCACHE_FS, MEMKV),
+    only_documents=True,
 )
 TINY = Profile(
     name="tiny",
@@ -208,7 +234,7 @@ TINY = Profile(
     sglang_minutes=10.0,
     light=True,
 )
-PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, TINY)}
+PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, LONG, TINY)}
 
 
 @dataclass(frozen=True)
@@ -221,7 +247,7 @@ class Estimate:
 
 
 def prefill_s(tokens: int) -> float:
-    """Returns the seconds that computing a prompt takes, roughly."""
+    """Returns the seconds that computing a prompt with SmolLM2 takes, roughly."""
     return _SECONDS_PER_TOKEN * tokens + _SECONDS_PER_TOKEN_SQUARED * tokens * tokens
 
 
@@ -257,6 +283,8 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
             * sum(prefill_s(length) + 3 * _RESTORE_S for length in plan.lengths if length != plan.longest),
         ),
     ]
+    if profile.only_documents:
+        return found
     talk = profile.conversations
     groups, later = talk.rounds * talk.count // talk.together, talk.turns - 1
     talk_s = prefill_s(talk.longest)

@@ -11,12 +11,15 @@ import numpy as np
 from benchmarks.compare import judge
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION
 from benchmarks.compare.names import HICACHE, LINKER, LMCACHE_MEMKV, MEMKV, SGLANG_SIDES, THROTTLED, VLLM_SIDES
+from benchmarks.compare.plan import RANDOM_335M
 from benchmarks.compare.record import Batch, batches_of
 from benchmarks.harness import percentile
 
 OURS = (MEMKV, LMCACHE_MEMKV, THROTTLED, HICACHE, LINKER)
 ORDER = (*VLLM_SIDES, *SGLANG_SIDES)
 PLOT = "RESULTS.png"
+TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", RANDOM_335M: "Qwen3 of 335 million random weights"}
 NOTHING = "-"
 # Who of ours is held against whom, where rows that we lose are looked for.
 OPPONENTS = {
@@ -207,7 +210,9 @@ def judgement_rows(judgements: Iterable[Mapping[str, Any]]) -> list[list[str]]:
                 interval += f" [{number(one['low'], 3)}, {number(one['high'], 3)}]"
         bound = f"{'at most' if one['at_most'] else 'at least'} {number(one['limit'], 3)}"
         promise = one["promise"] + ("" if one["required"] else " (no promise)")
-        rows.append([promise, f"**{one['status']}**", interval, bound, str(one["units"]), one["note"] or ""])
+        rows.append(
+            [one["run"], promise, f"**{one['status']}**", interval, bound, str(one["units"]), one["note"] or ""]
+        )
     return rows
 
 
@@ -224,11 +229,12 @@ def results(body: Mapping[str, Any]) -> str:
         "## What was promised, and whether it holds",
         "Figures with their 95% bootstrap intervals over what was measured side by side. An interval across the limit, "
         f"or fewer than {judge.MIN_UNITS} comparisons, decides nothing.",
-        table(["promise", "holds", "figure", "limit", "units", "note"], judgement_rows(body["judgements"])),
+        table(["run", "promise", "holds", "figure", "limit", "units", "note"], judgement_rows(body["judgements"])),
         f"![plots]({PLOT})",
     ]
     for name, stage in body["stages"].items():
-        parts += [f"## {'vLLM' if name == 'vllm' else 'SGLang'}", *_stage(name, stage, body["cells"])]
+        cells = [cell for cell in body["cells"] if cell["run"] == name]
+        parts += [f"## {TITLES[stage['stage']]}{name.removeprefix(stage['stage'])}", *_stage(stage, cells)]
     parts.append(_notes(body))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -251,7 +257,7 @@ def _head(body: Mapping[str, Any]) -> str:
     ]
     if profile:
         lines.append(
-            f"SmolLM2-135M-Instruct, {profile['dtype']}, on a CPU: no GPU takes part. All engines of a table live at "
+            f"{profile['dtype']}, on a CPU: no GPU takes part. All engines of a table live at "
             "the same time, in processes of their own, and are asked for the same prompts in turns, one after the "
             "other; which goes first changes. The page cache is dropped where a second visit says so. On another "
             "machine, take the ratios and not the seconds."
@@ -273,8 +279,8 @@ def first_line(text: str) -> str:
     return (text.splitlines() or [""])[0].replace("|", "/")[:300]
 
 
-def _stage(name: str, stage: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    batches = stage["batches"]
+def _stage(stage: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    name, batches = stage["stage"], stage["batches"]
     sides = [side for side in ORDER if side in stage["sides"]]
     parts = [
         table(["side", "what it is"], [[side, stage["sides"][side]["what"] or NOTHING] for side in sides]),
@@ -297,14 +303,16 @@ def _stage(name: str, stage: Mapping[str, Any], cells: Sequence[Mapping[str, Any
 def _setup(name: str, profile: Mapping[str, Any]) -> str:
     if name == "sglang":
         return (
+            f"Model {'of random weights' if profile['light'] else MODELS[profile['model']]}. "
             f"Device pool of {profile['sglang_pool_tokens']} tokens, host pool of twice that; one token is generated, "
             "so that the time of a request is that to its first token. What is stored is dropped from the page cache "
             "before each turn."
         )
     return (
-        f"KV pool {profile['kv_bytes'] >> 20} MiB, blocks of {profile['block_size']} tokens, at most "
-        f"{profile['max_model_len']} tokens. vLLM's native tier and LMCache have 512 MiB of memory before their disk; "
-        "ours has none, and stages in 256 MiB. `connector` are tokens from there, whatever level they came from."
+        f"Model {MODELS[profile['model']]}. KV pool {profile['kv_bytes'] >> 20} MiB, blocks of {profile['block_size']} "
+        f"tokens, at most {profile['max_model_len']} tokens. vLLM's native tier and LMCache have "
+        f"{profile['dram_tier_bytes'] >> 20} MiB of memory before their disk; ours has none, and stages in 256 MiB. "
+        "`connector` are tokens from there, whatever level they came from."
     )
 
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +33,7 @@ from benchmarks.compare.names import (
     THROTTLED,
     VLLM_SIDES,
 )
-from benchmarks.compare.plan import PROFILES, Documents, Profile
+from benchmarks.compare.plan import PROFILES, RANDOM_335M, Documents, Profile
 from benchmarks.compare.prompts import Corpus, prefix_repetition, rag
 from benchmarks.compare.record import Record
 from benchmarks.compare.side import Side, SideFailed
@@ -72,25 +72,22 @@ def vllm_sides(profile: Profile, names: Sequence[str], model: Path, scratch: Pat
         )
 
     def folder(name: str) -> Path:
-        made = scratch / name.replace(" ", "-").replace(",", "")
+        made = scratch / file_name(name)
         made.mkdir(exist_ok=True)
         return made
 
-    def log(name: str) -> Path:
-        return LOGS / f"compare-{name.replace(' ', '-').replace(',', '').replace('/', '')}.log"
+    def lmcache(name: str, adapter_of: Callable[[Path], dict[str, Any]]) -> Side:
+        return sides.LMCacheSide(name, spec(), adapter_of(folder(name)), folder(name), log_of(name), dram_bytes)
 
+    dram_bytes = profile.dram_tier_bytes
     makers = {
-        NO_CACHE: lambda: sides.VllmSide(NO_CACHE, spec(prefix_caching=False), None, log(NO_CACHE)),
-        PREFIX_CACHE: lambda: sides.VllmSide(PREFIX_CACHE, spec(), None, log(PREFIX_CACHE)),
-        NATIVE: lambda: sides.NativeSide(spec(), folder(NATIVE), log(NATIVE)),
-        LMCACHE_FS: lambda: sides.LMCacheSide(
-            LMCACHE_FS, spec(), sides.fs_adapter(folder(LMCACHE_FS)), folder(LMCACHE_FS), LOGS
-        ),
-        LMCACHE_MEMKV: lambda: sides.LMCacheSide(
-            LMCACHE_MEMKV, spec(), sides.memkv_adapter(folder(LMCACHE_MEMKV)), folder(LMCACHE_MEMKV), LOGS
-        ),
-        MEMKV: lambda: sides.MemKVSide(spec(), folder(MEMKV), log(MEMKV)),
-        THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log(THROTTLED)),
+        NO_CACHE: lambda: sides.VllmSide(NO_CACHE, spec(prefix_caching=False), None, log_of(NO_CACHE)),
+        PREFIX_CACHE: lambda: sides.VllmSide(PREFIX_CACHE, spec(), None, log_of(PREFIX_CACHE)),
+        NATIVE: lambda: sides.NativeSide(spec(), folder(NATIVE), log_of(NATIVE), dram_bytes),
+        LMCACHE_FS: lambda: lmcache(LMCACHE_FS, sides.fs_adapter),
+        LMCACHE_MEMKV: lambda: lmcache(LMCACHE_MEMKV, sides.memkv_adapter),
+        MEMKV: lambda: sides.MemKVSide(spec(), folder(MEMKV), log_of(MEMKV)),
+        THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED)),
     }
     # LMCache's servers must be up before their engines can start: they go first.
     first = [name for name in (LMCACHE_FS, LMCACHE_MEMKV) if name in names]
@@ -114,14 +111,23 @@ def sglang_sides(profile: Profile, names: Sequence[str], model: Path, scratch: P
     }
 
     def make(name: str) -> Side:
-        folder = None if name == NO_STORAGE else scratch / name.replace(" ", "-").replace(",", "")
+        folder = None if name == NO_STORAGE else scratch / file_name(name)
         if folder:
             folder.mkdir()
-        log = LOGS / f"compare-{name.replace(' ', '-').replace(',', '')}.log"
         kind = "tiny-sg-llama" if profile.light else profile.model
-        return sides.SglangSide(name, kind, arguments, folder, log, light=profile.light)
+        return sides.SglangSide(name, kind, arguments, folder, log_of(name), light=profile.light)
 
     return _made({name: (lambda name=name: make(name)) for name in SGLANG_SIDES}, names, record)
+
+
+def file_name(name: str) -> str:
+    """Returns a contestant's name without what file names had better not hold."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def log_of(name: str) -> Path:
+    """Returns where a contestant's output goes."""
+    return LOGS / f"compare-{file_name(name)}.log"
 
 
 def _made(makers: dict[str, Any], names: Sequence[str], record: Record) -> list[Side]:
@@ -153,6 +159,17 @@ def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, clock: Clock, rec
     say("documents: second visits")
     driver.documents_again(documents, plan, 1, driver.all_sides())
     more_visits(driver, plan, documents, range(2, NEEDED_ROUNDS + 1), say)
+    if not profile.only_documents:
+        other_workloads(driver, profile, corpus, say)
+    for number in range(NEEDED_ROUNDS + 1, max(plan.restores, plan.gate_rounds) + 1):
+        if clock.is_late():
+            record.note(f"documents: out of time before round {number} of second visits")
+            break
+        more_visits(driver, plan, documents, [number], say)
+
+
+def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) -> None:
+    """Conversations, passages, prefix repetition; each begins with nothing in memory."""
     driver.forget_all()
     say("conversations")
     driver.conversations(profile.conversations, corpus, cold=False)
@@ -180,11 +197,6 @@ def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, clock: Clock, rec
         prompts=two.prompts,
     )
     driver.requests(REPETITION, prompts, two.together, two.answer_tokens)
-    for number in range(NEEDED_ROUNDS + 1, max(plan.restores, plan.gate_rounds) + 1):
-        if clock.is_late():
-            record.note(f"documents: out of time before round {number} of second visits")
-            break
-        more_visits(driver, plan, documents, [number], say)
 
 
 def more_visits(
@@ -214,6 +226,10 @@ def model_of(stage: str, profile: Profile) -> Path:
         from tests.environments.sglang_models import ensure_model as ensure_sglang_model
 
         return ensure_sglang_model("tiny-sg-llama" if profile.light else profile.model)
+    if profile.model == RANDOM_335M:
+        from benchmarks.compare.long_model import ensure_long_model
+
+        return ensure_long_model()
     from tests.environments.models import ensure_model
 
     return ensure_model(profile.model)
@@ -242,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where the sides store; emptied afterwards")
     parsed = parser.parse_args(arguments)
     profile, is_vllm = PROFILES[parsed.profile], parsed.stage == "vllm"
-    names = parsed.sides or (VLLM_SIDES if is_vllm else SGLANG_SIDES)
+    names = parsed.sides or (profile.vllm_sides if is_vllm else SGLANG_SIDES)
     LOGS.mkdir(parents=True, exist_ok=True)
     parsed.folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="compare-", dir=parsed.folder))

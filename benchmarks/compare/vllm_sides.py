@@ -17,8 +17,6 @@ from tests.environments.engine_env import ROOT
 from tests.faults.control import DELAY, READ, Fault, Injector
 
 THROTTLE_BYTES_PER_S = 50_000_000
-# For the tier in memory that each peer puts before its disk. Ours has none, and 256 MiB to stage.
-DRAM_TIER_BYTES = 512 << 20
 LMCACHE_PYTHON = ROOT / ".venvs" / "lmcache" / "bin" / "python"
 # The longest prefill under any load, with room.
 ANSWER_TIMEOUT_S = 300.0
@@ -92,11 +90,11 @@ class VllmSide(Side):
 class NativeSide(VllmSide):
     """vLLM's own offloading to a directory."""
 
-    def __init__(self, spec: EngineSpec, folder: Path, log: Path) -> None:
+    def __init__(self, spec: EngineSpec, folder: Path, log: Path, dram_bytes: int) -> None:
         extra = {
             "spec_name": "CpuTieringSpec",
             "spec_module_path": "benchmarks.compare.vllm_cpu_offload",
-            "cpu_bytes_to_use": DRAM_TIER_BYTES,
+            "cpu_bytes_to_use": dram_bytes,
             "secondary_tiers": [{"type": "fs", "root_dir": str(folder)}],
         }
         transfer = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
@@ -168,17 +166,20 @@ class LMCacheSide(Side):
         spec: The engine, without a connector.
         adapter: The server's second level.
         folder: Where that stores.
-        logs: Where logs go.
+        log: Where the engine's output goes; the server's goes beside it.
+        dram_bytes: Memory of the first level.
     """
 
-    def __init__(self, name: str, spec: EngineSpec, adapter: Mapping[str, Any], folder: Path, logs: Path) -> None:
+    def __init__(
+        self, name: str, spec: EngineSpec, adapter: Mapping[str, Any], folder: Path, log: Path, dram_bytes: int
+    ) -> None:
         self.name, self.what, self.folder = name, DESCRIPTIONS[name], folder
-        self._log = logs / f"compare-{name.replace(', ', '-')}.log"
+        self._log = log
         self._spec = spec
         self._engine: VllmSide | None = None
         if not LMCACHE_PYTHON.exists():
             raise SideFailed("there is no environment with LMCache: build it with `make env-lmcache`")
-        self._server = LMCacheServer(LMCACHE_PYTHON, adapter, DRAM_TIER_BYTES, self._log.with_suffix(".server.log"))
+        self._server = LMCacheServer(LMCACHE_PYTHON, adapter, dram_bytes, log.with_suffix(".server.log"))
 
     def prepare(self) -> None:
         """See `Side`; the engine can start only when the server answers."""
