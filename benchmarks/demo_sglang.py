@@ -102,8 +102,8 @@ class Side:
         if self.name == FILE:
             return hicache("file", file_storage_path=str(self.folder))
         if self.name == LINKER:
-            return linker(self.folder)
-        return hicache("dynamic", **memkv_extra(self.folder))
+            return linker(self.folder, cost_gate="on")
+        return hicache("dynamic", **memkv_extra(self.folder, cost_gate="on"))
 
     @property
     def timers(self) -> Path:

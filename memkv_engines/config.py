@@ -148,6 +148,11 @@ class PolicyConfig:
 
     store: bool = _key(True, "write new chunks")
     load: bool = _key(True, "use stored chunks")
+    cost_gate: str = _key(
+        "on",
+        "load a hit only as far as that is predicted to be faster than recomputing: on, off (always)",
+        choices=("on", "off"),
+    )
     on_load_failure: str = _key(
         "recompute", "what the engine does with a request whose load failed", choices=("recompute", "fail")
     )

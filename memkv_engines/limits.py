@@ -123,6 +123,42 @@ PROBE_SILENCE_MAX_S = 30.0
 MAX_PROBE_SEGMENTS = 65_536
 MAX_SLIDING_WINDOW_CANDIDATES = 16
 
+# --- cost gate --------------------------------------------------------------
+ESTIMATE_HALF_LIFE_SAMPLES = 3.0
+ESTIMATE_HALF_LIFE_S = 20.0
+"""Half of what is known of a cost fades with so many samples, or in so long."""
+ESTIMATE_CLIP = 8.0
+"""A sample counts at most so many times what was expected."""
+ESTIMATE_WARM_UP_STEPS = 1
+MIN_PREFILL_SPAN_TOKENS = 16
+"""What a step computes less of a request is decoding."""
+MIN_PREFILL_SAMPLE_TOKENS = 256
+"""In a smaller step the fixed costs of a step are most of it: it would tell nothing of a long prompt."""
+PRIOR_PREFILL_BYTES_PER_S = 200 * MIB
+"""KV that a prefill is assumed to produce on each rank before one was measured. A guess: 135M parameters on one CPU
+core produced 16 MB/s; an 8B model at 20,000 tokens/s would produce 2.6 GB/s."""
+COLD_LOAD_S = 0.25
+"""Before a prefill was measured, a load may take this long whatever it brings."""
+NEGLIGIBLE_LOAD_S = 0.005
+RESUME_GAIN = 0.2
+"""Share of the recompute time that a load must be predicted to save before it is made again."""
+MIN_TRIAL_TOKENS = 256
+"""SGLang does not load less (``prefetch_threshold``)."""
+TRIAL_SHARE = 0.15
+"""Share of a request's recompute time that a trial is predicted to take, and every other one half of that."""
+TRIAL_PAUSE_S = 5.0
+TRIAL_DUTY = 0.05
+"""Share of all time that trials may take, where even the smallest is slow."""
+STOP_MARGIN = 1.25
+"""A load that is seen to take so many times what it saves is stopped."""
+STOP_FLOOR_S = 0.1
+OVERDUE_SLACK_S = 1.0
+"""While a load is so much later than its stop, the tier counts as slow: no other load begins. An engine may learn of a
+load's end only when its step is over."""
+FORGET_LOAD_S = 120.0
+"""A load that nobody has heard of for so long keeps no other from being made."""
+MAX_STEPS_TIMED = 64
+
 # --- GPU --------------------------------------------------------------------
 GPU_MIN_DRIVER = 12_000
 GPU_BATCH_COPY_DRIVER = 12_080
@@ -180,5 +216,6 @@ assert GPU_TILE_BYTES % 16 == 0 and GPU_TILE_BYTES <= ALIGN_BYTES
 assert GPU_COPY_ENGINE_MIN_BYTES <= GPU_SINGLE_COPY_MIN_BYTES
 assert GPU_COPY_CTAS <= GPU_DIGEST_CTAS <= GPU_MAX_CTAS
 assert GPU_DEFAULT_SLOTS <= GPU_MAX_SLOTS <= GPU_MAX_TICKETS
+assert STOP_MARGIN > 1 and NEGLIGIBLE_LOAD_S < STOP_FLOOR_S <= COLD_LOAD_S
 assert DIGEST_BYTES == 16, "FORMAT.md fixes 128-bit digests"
 assert MAX_VARIANTS_EXAMINED <= MAX_BUCKET_ENTRIES_LISTED

@@ -69,11 +69,14 @@ class BlockingClient:
             self._client.close()
             self._news.notify_all()
 
-    def load(self, runs: Sequence[LoadRun]) -> LoadResult:
-        """Load; blocks for at most the client's load timeout. A failure is an answer, never an exception."""
+    def load(self, runs: Sequence[LoadRun], stop_s: float = 0.0) -> LoadResult:
+        """Load; blocks for at most the client's load timeout. A failure is an answer, never an exception.
+
+        Stopped once it is seen to take longer than ``stop_s``; 0: never.
+        """
         with self._news:
             job = self._next()
-            self._client.submit_load(job, tuple(runs))
+            self._client.submit_load(job, tuple(runs), stop_s)
             answer = self._await(job, None)
         if isinstance(answer, LoadResult):
             return answer

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -31,6 +31,7 @@ from memkv_engines.metrics import COUNTERS, Counters
 from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend, still_dying
 from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.messages import (
+    STOPPED,
     Gathered,
     Load,
     LoadDone,
@@ -52,11 +53,21 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class LoadResult:
-    """Answer to a load: per run its good leading blocks and why it stopped there."""
+    """Answer to a load: per run its good leading blocks and why it stopped there.
+
+    ``read_bytes`` were read in ``seconds`` from its submission on; 0 where that is not known.
+    """
 
     job_id: int
     good_blocks: tuple[int, ...]
     kinds: tuple[str, ...]
+    read_bytes: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def measures_tier(self) -> bool:
+        """Whether it tells how fast the tier is: nothing was wrong, though it may have been stopped."""
+        return self.read_bytes > 0 and not {*self.kinds} - {"", STOPPED}
 
 
 @dataclass(frozen=True)
@@ -210,8 +221,11 @@ class IoClient:
 
     # --- jobs ----------------------------------------------------------------
 
-    def submit_load(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
-        """Start a load; a ``LoadResult`` will come from ``poll``."""
+    def submit_load(self, job_id: int, runs: tuple[LoadRun, ...], stop_s: float = 0.0) -> None:
+        """Start a load; a ``LoadResult`` will come from ``poll``.
+
+        Stopped, with its leading blocks in place, once it is seen to take longer than ``stop_s``; 0: never.
+        """
         timeout_s = self._load_timeout_s
         if not self._breaker.closed:
             if self._loads or self._backend is None:
@@ -219,7 +233,7 @@ class IoClient:
                 return
             timeout_s = min(timeout_s, TRIAL_LOAD_S + self._bytes_of(runs) / TRIAL_LOAD_BYTES_PER_S)
         self._loads[job_id] = _Pending(len(runs), time.monotonic() + timeout_s)
-        self._send(Load(job_id, runs))
+        self._send(Load(job_id, runs, int(stop_s * 1e6)))
 
     def submit_store(self, job_id: int, chunks: tuple[StoreChunk, ...]) -> None:
         """Start a store; the pages must not change before ``fence`` returns. A ``StoreResult`` will come."""
@@ -352,7 +366,7 @@ class IoClient:
                 return
             self._breaker.succeeded()
             self._count_load(reply)
-            self._results.append(LoadResult(reply.job_id, reply.good_blocks, reply.kinds))
+            self._results.append(_result_of(reply))
         elif isinstance(reply, StoreDone):
             self._store_news = time.monotonic()
             if self._stores.pop(reply.job_id, None) is not None:
@@ -371,11 +385,13 @@ class IoClient:
         count("load_microseconds", reply.elapsed_us)
         count("load_chunks", reply.chunks)
         count("load_rereads", reply.reread)
-        if any(reply.kinds):
+        if STOPPED in reply.kinds:
+            count("load_stopped")
+        failures = [kind for kind in reply.kinds if kind and kind != STOPPED]
+        if failures:
             count("load_jobs_failed")
-        for kind in reply.kinds:
-            if kind:
-                count(f"miss_{kind}" if f"miss_{kind}" in MISS_COUNTERS else "miss_io_error")
+        for kind in failures:
+            count(f"miss_{kind}" if f"miss_{kind}" in MISS_COUNTERS else "miss_io_error")
 
     def _count_store(self, reply: StoreDone) -> None:
         names = {
@@ -457,6 +473,10 @@ class IoClient:
     def _give_up_restart(self, why: str) -> None:
         log.warning("I/O service does not start: %s", why)
         self._breaker.failed()
+
+
+def _result_of(reply: LoadDone) -> LoadResult:
+    return LoadResult(reply.job_id, reply.good_blocks, reply.kinds, reply.read_bytes, reply.elapsed_us / 1e6)
 
 
 MISS_COUNTERS = frozenset(name for name in COUNTERS if name.startswith("miss_"))

@@ -102,9 +102,9 @@ class DeviceIoClient:
 
     # --- jobs ----------------------------------------------------------------
 
-    def submit_load(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
-        """Start a load; a ``LoadResult`` will come from ``poll``."""
-        self._loads.submit(job_id, runs)
+    def submit_load(self, job_id: int, runs: tuple[LoadRun, ...], stop_s: float = 0.0) -> None:
+        """As ``IoClient.submit_load``."""
+        self._loads.submit(job_id, runs, stop_s)
 
     def submit_store(self, job_id: int, chunks: tuple[StoreChunk, ...]) -> None:
         """Start a store behind what the engine's stream has been given; ``fence`` orders what comes after."""

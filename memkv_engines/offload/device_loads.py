@@ -17,12 +17,15 @@ from memkv_engines.errors import GpuError, IoServiceError
 from memkv_engines.log import get_logger
 from memkv_engines.offload.client import IoClient, LoadResult
 from memkv_engines.offload.loading import LoadChunk, LoadOutcome
-from memkv_engines.offload.messages import LoadRun
+from memkv_engines.offload.messages import STOPPED, LoadRun
 from memkv_engines.offload.moving import Mover, Moving
 from memkv_engines.offload.outcomes import LoadTally
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
 
 log = get_logger(__name__)
+
+_TELLING_CHUNKS = 4
+"""The rate of fewer chunks, which were asked for together, tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,16 @@ class DeviceLoads:
     ) -> None:
         self._client, self._mover, self._staging, self._stream = client, mover, staging, stream
         self._timeout_s, self._next_id = timeout_s, next_id
+        self._block_bytes = {spec.group: spec.block_bytes for spec in staging.specs}
         self._waiting: deque[_Part] = deque()
         self._reading: dict[int, list[_Part]] = {}
         self._placing: list[_Part] = []
         self._results: list[LoadResult] = []
         self.pending = 0
 
-    def submit(self, job_id: int, runs: tuple[LoadRun, ...]) -> None:
-        """Queue a job; its result will come from ``poll``."""
-        job = _Job(job_id, time.monotonic() + self._timeout_s, LoadTally(runs))
+    def submit(self, job_id: int, runs: tuple[LoadRun, ...], stop_s: float = 0.0) -> None:
+        """Queue a job; its result will come from ``poll``. Stopped once it is seen to take longer than ``stop_s``."""
+        job = _Job(job_id, time.monotonic() + self._timeout_s, LoadTally(runs, stop_s))
         self.pending += 1
         if not job.tally.open_chunks:
             self._finish(job)
@@ -164,6 +168,10 @@ class DeviceLoads:
             part.kind = IoServiceError.kind if late else "skipped"
             self._settle(part)
             return True
+        if part.job.tally.must_stop(_TELLING_CHUNKS):
+            part.kind = STOPPED
+            self._settle(part)
+            return True
         per_slot = self._staging.blocks_per_slot(chunk.group)
         if not per_slot or not len(chunk.block_ids):
             log.warning("load refused: group %d, %d blocks", chunk.group, len(chunk.block_ids))
@@ -229,9 +237,16 @@ class DeviceLoads:
         part.good, part.kind = min(part.good, start), "io_error"
 
     def _settle(self, part: _Part) -> None:
-        if part.job.tally.settle(part.run, part.index, LoadOutcome(part.good, part.kind, 0)):
+        if part.job.tally.settle(part.run, part.index, LoadOutcome(part.good, part.kind, self._bytes_of(part))):
             self._finish(part.job)
 
     def _finish(self, job: _Job) -> None:
         self.pending -= 1
-        self._results.append(LoadResult(job.job_id, *job.tally.answer()))
+        good_blocks, kinds = job.tally.answer()
+        if STOPPED in kinds:
+            self._client.counters.add("load_stopped")
+        read_bytes = sum(outcome.read_bytes for outcome in job.tally.settled())
+        self._results.append(LoadResult(job.job_id, good_blocks, kinds, read_bytes, job.tally.elapsed_s))
+
+    def _bytes_of(self, part: _Part) -> int:
+        return part.good * self._block_bytes.get(part.chunk.group, 0)

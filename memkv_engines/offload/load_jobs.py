@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 from memkv_engines.errors import MemKVError
 from memkv_engines.log import get_logger
 from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome
-from memkv_engines.offload.messages import Load, LoadDone
+from memkv_engines.offload.messages import STOPPED, Load, LoadDone
 from memkv_engines.offload.outcomes import LoadTally
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
 from memkv_engines.tier.base import Tier
@@ -28,7 +27,6 @@ log = get_logger(__name__)
 @dataclass(frozen=True)
 class _Job:
     job_id: int
-    started: float
     tally: LoadTally
 
     def answer(self) -> LoadDone:
@@ -38,7 +36,7 @@ class _Job:
             *self.tally.answer(),
             sum(not o.kind for o in done),
             sum(o.read_bytes for o in done),
-            int((time.perf_counter() - self.started) * 1e6),
+            int(self.tally.elapsed_s * 1e6),
             sum(o.reread for o in done),
         )
 
@@ -94,7 +92,7 @@ class LoadJobs:
         reply: Callable[[LoadDone], None],
     ) -> None:
         self._tier, self._staging, self._make_load, self._reply = tier, staging, make_load, reply
-        self._readers_place = not placers
+        self._readers, self._readers_place = readers, not placers
         self._wanted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._pending = 0
@@ -126,7 +124,7 @@ class LoadJobs:
 
     def submit(self, message: Load) -> None:
         """Queue a job; does not block."""
-        job = _Job(message.job_id, time.perf_counter(), LoadTally(message.runs))
+        job = _Job(message.job_id, LoadTally(message.runs, message.stop_us / 1e6))
         places = job.tally.places()
         if not places:
             self._reply(job.answer())
@@ -139,6 +137,9 @@ class LoadJobs:
     def _read(self, item: _Item) -> None:
         if item.is_pointless:
             self._settle(item, LoadOutcome(0, "skipped", 0))
+            return
+        if item.job.tally.must_stop(self._readers):
+            self._settle(item, LoadOutcome(0, STOPPED, 0))
             return
         slot = None
         try:

@@ -9,6 +9,9 @@ import msgspec
 from memkv_engines.errors import IoServiceError
 from memkv_engines.limits import HASH_BYTES
 
+STOPPED = "stopped"
+"""Why a load ended early: nothing was wrong, it was too slow (``Load.stop_us``)."""
+
 
 class TileSpec(msgspec.Struct, frozen=True, array_like=True):
     """One tile of a group's pages, see ``chunk.layout.Tile``."""
@@ -113,10 +116,14 @@ class Store(msgspec.Struct, frozen=True, tag="store"):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Read, verify, scatter; runs of a group are in chain order."""
+    """Read, verify, scatter; runs of a group are in chain order.
+
+    With ``stop_us`` no more chunks are read once the whole is seen to take longer; 0: never.
+    """
 
     job_id: int
     runs: tuple[LoadRun, ...]
+    stop_us: int = 0
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

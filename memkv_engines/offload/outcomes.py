@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 from memkv_engines.errors import IoServiceError
@@ -19,12 +20,15 @@ class LoadTally:
 
     Args:
         runs: of the job; one that contradicts itself has no chunks, and fails.
+        stop_s: no more chunks shall be read once all of them are seen to take longer; 0: never.
 
     Attributes:
         chunks: of each run.
     """
 
-    def __init__(self, runs: Sequence[LoadRun]) -> None:
+    def __init__(self, runs: Sequence[LoadRun], stop_s: float = 0.0) -> None:
+        self._started, self._stop_s, self._stopped = time.perf_counter(), stop_s, False
+        self._arrived = 0
         self.chunks: list[list[LoadChunk]] = []
         self._malformed: set[int] = set()
         for number, run in enumerate(runs):
@@ -35,7 +39,7 @@ class LoadTally:
                 self._malformed.add(number)
                 self.chunks.append([])
         self._outcomes: list[list[LoadOutcome | None]] = [[None] * len(chunks) for chunks in self.chunks]
-        self._open = sum(map(len, self.chunks))
+        self._count = self._open = sum(map(len, self.chunks))
         # First bad chunk per run: what follows it in the chain is of no use.
         self._first_bad: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -53,10 +57,30 @@ class LoadTally:
         """Whether an earlier chunk of the run is bad."""
         return self._first_bad.get(run, index) < index
 
+    @property
+    def elapsed_s(self) -> float:
+        """Since the job was submitted."""
+        return time.perf_counter() - self._started
+
+    def must_stop(self, at_once: int) -> bool:
+        """Whether to read no more; to be asked before each chunk.
+
+        Args:
+            at_once: how many chunks are read at a time; before so many have come the rate tells nothing.
+        """
+        if self._stop_s and not self._stopped:
+            elapsed_s = self.elapsed_s
+            with self._lock:
+                if self._arrived >= at_once:
+                    elapsed_s *= self._count / self._arrived
+                self._stopped = elapsed_s > self._stop_s
+        return self._stopped
+
     def settle(self, run: int, index: int, outcome: LoadOutcome) -> bool:
         """Note what became of a chunk; True for the last one."""
         with self._lock:
             self._outcomes[run][index] = outcome
+            self._arrived += not outcome.kind
             if outcome.kind:
                 self._first_bad[run] = min(index, self._first_bad.get(run, index))
             self._open -= 1

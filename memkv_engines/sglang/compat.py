@@ -28,16 +28,34 @@ def passes_prefix_keys(depth: int = 2) -> bool | None:
     return None
 
 
-def model_runner(depth: int = 2) -> Any | None:
-    """The model runner of this scheduler process: backends are handed no model, the scheduler up the stack has one."""
+def scheduler(depth: int = 2) -> Any | None:
+    """This process's scheduler: backends are handed neither it nor a model, but it is up the stack that makes them."""
     frame: FrameType | None = sys._getframe(depth)
     while frame is not None:
         for name in ("self", "scheduler"):
             worker = getattr(frame.f_locals.get(name), "tp_worker", None)
             if worker is not None and getattr(worker, "model_runner", None) is not None:
-                return worker.model_runner
+                return frame.f_locals[name]
         frame = frame.f_back
     return None
+
+
+def model_runner(depth: int = 2) -> Any | None:
+    """The model runner of this scheduler process."""
+    found = scheduler(depth + 1)
+    return found.tp_worker.model_runner if found is not None else None
+
+
+def prefetch_threshold(default: int, depth: int = 2) -> int:
+    """Tokens below which the controller loads nothing: taken out of the extra config like the prefix keys' switch."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        for name in ("prefetch_threshold", "storage_prefetch_threshold"):
+            value = frame.f_locals.get(name)
+            if isinstance(value, int):
+                return value
+        frame = frame.f_back
+    return default
 
 
 def sum_over_ranks(values: list[int], tp_size: int) -> list[int]:

@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 
 from memkv_engines.config import load_config
 from memkv_engines.errors import IoServiceError, LayoutError
+from memkv_engines.limits import MIN_TRIAL_TOKENS
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
@@ -54,6 +55,8 @@ class MemKVHiCache(HiCacheStorage):
         extra = {k: v for k, v in (storage_config.extra_config or {}).items() if k not in _SGLANG_KEYS}
         self._config = load_config(extra)
         self._storage_config = storage_config
+        self._scheduler = compat.scheduler()
+        self._least_tokens = compat.prefetch_threshold(MIN_TRIAL_TOKENS)
         runner = compat.model_runner()
         self._model_config = getattr(runner, "model_config", None)
         self._sums = identity.weights_of(self._config, runner)
@@ -99,7 +102,13 @@ class MemKVHiCache(HiCacheStorage):
             IdentityError: the weights are unknown.
         """
         stores = PageStores(
-            self._config, self._storage_config, list(self._pools.values()), self._sums, self._model_config
+            self._config,
+            self._storage_config,
+            list(self._pools.values()),
+            self._sums,
+            self._model_config,
+            scheduler=self._scheduler,
+            least_tokens=self._least_tokens,
         )
         if not self._direct:
             anchor = PoolName.KV.value
@@ -132,8 +141,13 @@ class MemKVHiCache(HiCacheStorage):
 
     @guarded(lambda: 0, refusals=False)
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        """How many leading pages are stored. Blocks for at most ``probe_timeout_ms``."""
-        return self._started().by_pool[PoolName.KV.value].leading(keys, _prefix(extra_info))
+        """How many leading pages are stored and worth loading. Blocks for at most ``probe_timeout_ms``.
+
+        Each rank answers by its own measurements; SGLang takes the least of all.
+        """
+        stores, prefix = self._started(), _prefix(extra_info)
+        pages = stores.by_pool[PoolName.KV.value].leading(keys, prefix)
+        return stores.gate.worth_loading(len(prefix), pages)
 
     @guarded(lambda: PoolTransferResult.empty(), refusals=False)
     def batch_exists_v2(
@@ -142,8 +156,13 @@ class MemKVHiCache(HiCacheStorage):
         pool_transfers: list[PoolTransfer] | None = None,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
-        """How many leading pages are usable, with what each pool needs. The semantics are those of ``HiCacheFile``."""
-        hits = self._started().hits(keys, pool_transfers or [], _prefix(extra_info))
+        """How many leading pages are usable, with what each pool needs, and worth loading.
+
+        The semantics are those of ``HiCacheFile``.
+        """
+        stores, prefix = self._started(), _prefix(extra_info)
+        hits = stores.hits(keys, pool_transfers or [], prefix)
+        hits = stores.worth_loading(hits, pool_transfers or [], len(prefix))
         return PoolTransferResult(max(hits.usable, default=0), hits.by_pool, sorted(hits.usable))
 
     # --- transfers -----------------------------------------------------------

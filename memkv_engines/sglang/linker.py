@@ -80,6 +80,7 @@ class MemKVCacheLinker(UnifiedCacheLinker):
             identity.weights_of(config, runner),
             getattr(runner, "model_config", None),
             device_pools.device_pages(list(devices.values()), forward_stream),
+            scheduler=compat.scheduler(),
         )
         self._recent = RecentAnswers(config.lookup.miss_ttl_s)
         self._offloads = OffloadQueue(
@@ -90,8 +91,9 @@ class MemKVCacheLinker(UnifiedCacheLinker):
 
     @guarded(list, refusals=False)
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Every prefix length, in pages, at which all pools could be loaded. Blocks for at most ``probe_timeout_ms``.
+        """Every prefix length, in pages, that all pools could load and that is worth loading.
 
+        Blocks for at most ``probe_timeout_ms``. Each rank answers by its own measurements; SGLang takes what all have.
         A request that waits in the queue is matched again in every round: an answer is good for ``miss_ttl_s``.
         """
         expanded = self._pool_group.resolve_transfers(transfers)
@@ -101,7 +103,9 @@ class MemKVCacheLinker(UnifiedCacheLinker):
         known = self._recent.get(keys)
         if known is None:
             others = [transfer for transfer in expanded if transfer.name != PoolName.KV]
-            known = sorted(self._stores.hits(keys, others, ()).usable)
+            # SGLang does not say how many pages come before these.
+            hits = self._stores.worth_loading(self._stores.hits(keys, others, ()), others, 0)
+            known = sorted(hits.usable)
             self._recent.put(keys, known)
         return known
 

@@ -14,9 +14,11 @@ from memkv_engines.limits import HASH_BYTES, MAX_REMEMBERED_WALKS
 from memkv_engines.log import Throttle, get_logger
 from memkv_engines.offload import batches
 from memkv_engines.offload.blocking import BlockingClient
-from memkv_engines.offload.messages import Probe, Segment, split_hashes
+from memkv_engines.offload.client import LoadResult
+from memkv_engines.offload.messages import LoadRun, Probe, Segment, split_hashes
 from memkv_engines.offload.service import staging_slots
 from memkv_engines.sglang.chain import ChainMemory
+from memkv_engines.sglang.gating import PageGate
 from memkv_engines.sglang.pools import PagedPool
 
 log = get_logger(__name__)
@@ -47,6 +49,7 @@ class PageStore:
         self._walks_lock = threading.Lock()
         # One for each of the controller's threads: a throttle is not thread-safe.
         self._load_lines, self._store_lines = Throttle(), Throttle()
+        self.gate: PageGate | None = None
         self._probe_timeout_s = config.lookup.probe_timeout_ms / 1000
         # A store that finds no staging is shed; so no call submits more than half of what there is.
         slot_bytes = (pool.largest_chunk + 1) * pool.block_bytes
@@ -95,7 +98,7 @@ class PageStore:
         runs = batches.load_runs(self._namespace, self._pool.group, hashes, wanted, segments, pages)
         good = [False] * len(keys)
         if runs:
-            result = self._client.load([run for _, run in runs])
+            result = self._gated_load([run for _, run in runs], len(prefix), len(keys))
             for (first, _), count in zip(runs, result.good_blocks, strict=True):
                 good[first : first + count] = [True] * count
             bad = sorted({kind for kind in result.kinds if kind})
@@ -103,6 +106,16 @@ class PageStore:
                 text = "%d pages are not used and will be recomputed: %s"
                 self._report(self._load_lines, "load", text, len(keys) - sum(good), ", ".join(bad))
         return good
+
+    def _gated_load(self, runs: list[LoadRun], before: int, pages: int) -> LoadResult:
+        if self.gate is None:
+            return self._client.load(runs)
+        ticket, result = self.gate.load_began(before, pages), None
+        try:
+            result = self._client.load(runs, ticket.stop_s)
+        finally:
+            self.gate.load_ended(ticket, result)
+        return result
 
     def store(self, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
         """Store the pages that are not stored yet; arguments and answer as in ``load``."""

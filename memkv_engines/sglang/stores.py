@@ -13,11 +13,13 @@ from memkv_engines.config import Config, split_paths
 from memkv_engines.doors.fingerprint import ParameterSums
 from memkv_engines.doors.io_client import DevicePages, worker_client
 from memkv_engines.errors import MemKVError, TierUnavailable
-from memkv_engines.limits import CLEAR_TIMEOUT_S
+from memkv_engines.limits import CLEAR_TIMEOUT_S, MIN_TRIAL_TOKENS
 from memkv_engines.log import get_logger
+from memkv_engines.metrics import Counters
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.messages import Manifest
 from memkv_engines.sglang import identity
+from memkv_engines.sglang.gating import PageGate, PrefillWatch
 from memkv_engines.sglang.pages import PageStore
 from memkv_engines.sglang.pools import PagedPool
 from memkv_engines.tier.striped import open_directories
@@ -37,6 +39,11 @@ class Hits:
     by_pool: dict[str, int]
     usable: frozenset[int]
 
+    def up_to(self, pages: int) -> Hits:
+        """The same of the first pages only."""
+        by_pool = {name: min(count, pages) for name, count in self.by_pool.items()} if pages else {}
+        return Hits(by_pool, frozenset(end for end in self.usable if end <= pages))
+
 
 class PageStores:
     """Fixes the namespace and starts the I/O service. Calls block; any thread.
@@ -48,6 +55,8 @@ class PageStores:
         sums: this rank's weights, where they are not named.
         model_config: SGLang's configuration of the model, or None where it is unknown.
         pages: where the pools lie in device memory; None: in host memory.
+        scheduler: SGLang's, whose prefills are measured; None: none are.
+        least_tokens: SGLang loads no fewer.
 
     Raises:
         ConfigError: the tier cannot be used.
@@ -63,6 +72,8 @@ class PageStores:
         sums: ParameterSums | None,
         model_config: Any,
         pages: DevicePages | None = None,
+        scheduler: Any | None = None,
+        least_tokens: int = MIN_TRIAL_TOKENS,
     ) -> None:
         self._config = config
         namespace = identity.build_namespace(storage_config, config, pools, sums, model_config)
@@ -73,7 +84,11 @@ class PageStores:
         )
         self.client.start()
         self.client.manifest(Manifest(namespace.canonical_json))
+        self.gate = _gate(config, pools, least_tokens)
+        self._prefills = PrefillWatch(scheduler, self.gate.gate, Counters())
         self.by_pool = {pool.name: PageStore(pool, namespace, self.client, config) for pool in pools}
+        # Other pools' loads serve the same tokens: they are not worth anything of their own.
+        self.by_pool[PoolName.KV.value].gate = self.gate
         for pool in pools:
             log.info(
                 "pool %s: pages of %d B, %d a chunk (%d at most)",
@@ -106,6 +121,18 @@ class PageStores:
                 usable &= ends
         return Hits(by_pool, frozenset(usable))
 
+    def worth_loading(self, hits: Hits, transfers: Sequence[PoolTransfer], before: int) -> Hits:
+        """What of it to load, by the cost gate. ``before``: pages before the first, as far as known."""
+        longest = max(hits.usable, default=0)
+        others = {
+            str(t.name): len(t.keys or ()) if t.hit_policy == PoolHitPolicy.TRAILING_PAGES else longest
+            for t in transfers
+        }
+        pages = self.gate.worth_loading(before, longest, others)
+        if pages and not any(end <= pages for end in hits.usable):
+            pages = min(hits.usable)  # a part that is no part for some pool would measure nothing
+        return hits.up_to(pages)
+
     def _usable_ends(self, transfer: PoolTransfer, keys: Sequence[str], prefix: Sequence[str]) -> set[int]:
         """Numbers of leading pages after which this pool could go on."""
         store = self.by_pool.get(str(transfer.name))
@@ -129,6 +156,10 @@ class PageStores:
         """``PageStore.store`` of a pool; None too where we have no such pool or stores are switched off."""
         store = self.by_pool.get(pool)
         return store.store(keys, prefix, indices) if store is not None and self._config.policy.store else None
+
+    def counters(self) -> dict[str, int]:
+        """What was counted so far, the cost gate's decisions included."""
+        return {**self.client.counters(), **self.gate.gate.counters.as_dict()}
 
     def clear(self) -> None:
         """Remove every chunk of this namespace from the tier. Blocks while it lists the folder, bounded.
@@ -163,4 +194,16 @@ class PageStores:
 
     def close(self) -> None:
         """End the I/O service."""
+        self._prefills.stop()
         self.client.close()
+
+
+def _gate(config: Config, pools: Sequence[PagedPool], least_tokens: int) -> PageGate:
+    anchor = next(pool for pool in pools if pool.name == PoolName.KV.value)
+    return PageGate(
+        enabled=config.policy.cost_gate == "on",
+        page_tokens=anchor.page_tokens,
+        page_bytes={pool.name: pool.block_bytes for pool in (anchor, *pools)},
+        chunk_pages=anchor.blocks_per_chunk,
+        least_tokens=least_tokens,
+    )

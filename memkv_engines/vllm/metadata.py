@@ -58,16 +58,18 @@ class StepMetadata(KVConnectorMetadata):
     """Scheduler to worker, each step.
 
     Attributes:
-        loads: request id, job id, runs; to start in this step.
+        loads: request id, job id, runs, seconds after which to stop; to start in this step.
         failed: request id and pages of loads that could not even be planned; to report as failed.
         stores: job id, chunks; to gather after this step's forward.
         tails: job id, chunks; to gather before anything of this step touches the pages, since they are free already.
+        step: number to send back with the step's result; 0 for none.
     """
 
-    loads: list[tuple[str, int, tuple[LoadRun, ...]]] = field(default_factory=list)
+    loads: list[tuple[str, int, tuple[LoadRun, ...], float]] = field(default_factory=list)
     failed: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     stores: list[tuple[int, tuple[StoreChunk, ...]]] = field(default_factory=list)
     tails: list[tuple[int, tuple[StoreChunk, ...]]] = field(default_factory=list)
+    step: int = 0
 
 
 @dataclass
@@ -77,10 +79,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
     Attributes:
         stored: job id -> (ranks that answered, worst outcome per chunk).
         failed: job id -> per run (good leading blocks, kind), the worst over ranks.
+        measured: job id -> bytes and microseconds of a load that tells how fast the tier is, the most over ranks.
+        step: the step's number, if it has one.
     """
 
     stored: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     failed: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
+    measured: dict[int, tuple[int, int]] = field(default_factory=dict)
+    step: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Merge another rank's report."""
@@ -97,4 +103,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
         for job_id, runs in other.failed.items():
             old_runs = failed.get(job_id, runs)
             failed[job_id] = tuple(min(a, b) for a, b in zip(old_runs, runs, strict=True))
-        return WorkerReport(stored, failed)
+        measured = dict(self.measured)
+        for job_id, most in other.measured.items():
+            known = measured.get(job_id, most)
+            measured[job_id] = (max(known[0], most[0]), max(known[1], most[1]))
+        return WorkerReport(stored, failed, measured, max(self.step, other.step))

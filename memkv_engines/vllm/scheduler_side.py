@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from memkv_engines.config import Config
 from memkv_engines.doors.protection import protection_spec
 from memkv_engines.keys import Namespace, Shard
@@ -19,10 +17,12 @@ from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup, Run
-from memkv_engines.offload.messages import LoadRun, Manifest, ProbeDone, Setup
+from memkv_engines.offload.messages import STOPPED, LoadRun, Manifest, ProbeDone, Setup
 from memkv_engines.offload.planning import StorePlanner
 from memkv_engines.vllm import compat
+from memkv_engines.vllm.gating import HitGate, Judged
 from memkv_engines.vllm.identity import build_namespace
+from memkv_engines.vllm.load_runs import clip, load_run
 from memkv_engines.vllm.lora import AdapterNamespaces
 from memkv_engines.vllm.metadata import Handshake, StepMetadata, WorkerReport
 
@@ -37,6 +37,7 @@ class _Tracked:
     group_hashes: list[Sequence[bytes]] = field(default_factory=list)
     hit: Hit | None = None
     computed_tokens: int = 0
+    judged: Judged | None = None
     # A load failed once: no further external hits, or a bad chunk could be tried for ever.
     barred: bool = False
 
@@ -80,6 +81,7 @@ class SchedulerSide:
         self._adapters: AdapterNamespaces | None = None
         self._lookup: PrefixLookup | None = None
         self._planner: StorePlanner | None = None
+        self._gate: HitGate | None = None
         self._client = IoClient(
             Setup(
                 config.tier.path,
@@ -131,6 +133,8 @@ class SchedulerSide:
             counters=self.counters,
         )
         self._planner = StorePlanner(views, self._lookup)
+        enabled = self._config.policy.cost_gate == "on"
+        self._gate = HitGate(enabled=enabled, counters=self.counters, handshakes=handshakes, align_tokens=align)
         self._views = views
         self._groups = [v.group for v in views]
         self._ratios = [v.block_tokens // self._hash_tokens for v in views]
@@ -184,6 +188,8 @@ class SchedulerSide:
             return 0, False
         self._take_probes()
         hit = self._ask(request, computed_tokens)
+        if hit is not None and hit.tokens > computed_tokens:
+            hit = self._gated(tracked, hit)
         if hit is None:
             return None, False
         gained = hit.tokens - computed_tokens
@@ -192,7 +198,8 @@ class SchedulerSide:
         tracked.hit = hit
         return gained, True
 
-    def _ask(self, request: Any, computed_tokens: int) -> Hit | None:
+    def _ask(self, request: Any, computed_tokens: int, limit_tokens: int | None = None) -> Hit | None:
+        """What is stored of a prompt, or of its first ``limit_tokens``; None: ask again."""
         assert self._lookup is not None
         tracked = self._tracked(request)
         if tracked.barred:
@@ -200,7 +207,24 @@ class SchedulerSide:
         namespace = self._namespace_of(request)
         if namespace is None:
             return None
-        return self._lookup.ask(request.request_id, self._hashes(tracked), computed_tokens, namespace.digest)
+        hashes = self._hashes(tracked)
+        if limit_tokens is not None:
+            hashes = [own[: limit_tokens // v.block_tokens] for own, v in zip(hashes, self._views, strict=True)]
+        return self._lookup.ask(request.request_id, hashes, computed_tokens, namespace.digest)
+
+    def _gated(self, tracked: _Tracked, hit: Hit) -> Hit | None:
+        """As much of a hit as is faster than recomputing; None: ask again."""
+        assert self._gate is not None
+        start = tracked.computed_tokens
+        judged = tracked.judged = self._gate.judge(tracked.judged, start, hit.tokens)
+        if judged is None:
+            return None
+        if judged.tokens in (0, hit.tokens - start):
+            return hit if judged.tokens else Hit(start, {})
+        if any(view.window_tokens for view in self._views):
+            # What a window needs depends on where the hit ends.
+            return self._ask(tracked.request, start, start + judged.tokens)
+        return Hit(start + judged.tokens, hit.runs)
 
     def _namespace_of(self, request: Any) -> Namespace | None:
         assert self._namespace is not None and self._adapters is not None
@@ -246,7 +270,7 @@ class SchedulerSide:
             return
         tracked = self._tracked(request)
         hit = tracked.hit
-        assert hit is not None, "the engine loads what was never advertised"
+        assert hit is not None and self._gate is not None, "the engine loads what was never advertised"
         tracked.hit = None
         total = tracked.computed_tokens + external_tokens
         self._next_load += 1
@@ -260,13 +284,16 @@ class SchedulerSide:
             low, high = tracked.computed_tokens // view.block_tokens, total // view.block_tokens
             while low < high and not ids[low]:
                 low += 1  # outside the sliding window: no page, nothing to load
-            for run in _clip(hit.runs.get(view.group, ()), low, high):
+            for run in clip(hit.runs.get(view.group, ()), low, high):
                 first = max(low, run.position)
-                message = _load_run(namespace.digest, view.group, run, first, own, ids)
+                message = load_run(namespace.digest, view.group, run, first, own, ids)
                 sent.append(message)
                 planned.append((view.group, run, first, tuple(own[run.position : run.position + run.take])))
         self._load_plans[self._next_load] = _LoadPlan(request.request_id, tuple(planned))
-        self._meta.loads.append((request.request_id, self._next_load, tuple(sent)))
+        stop_s = self._gate.load_began(self._next_load, tracked.computed_tokens, total)
+        if self._vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+            stop_s = 0.0  # vLLM would take a load that was stopped for one that failed, and end the request
+        self._meta.loads.append((request.request_id, self._next_load, tuple(sent), stop_s))
         self.counters.add("lookup_hit_tokens", external_tokens)
 
     def _plan_failed(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
@@ -280,13 +307,14 @@ class SchedulerSide:
     def _take_failure(self, job_id: int, runs: tuple[tuple[int, str], ...]) -> None:
         """A load failed: forget the bad chunk and bar the request from further external hits."""
         plan = self._load_plans.pop(job_id, None)
-        if plan is None or self._lookup is None:
+        if plan is None or self._lookup is None or self._gate is None:
             return
+        self._gate.load_ended(job_id)
         tracked = self._requests.get(plan.request_id)
         if tracked is not None:
             tracked.barred = True
         for (group, run, first, hashes), (good, kind) in zip(plan.runs, runs, strict=True):
-            if not kind or kind == "io_service":
+            if kind in ("", "io_service", STOPPED):
                 continue  # nothing is wrong with the chunk
             log.warning("request %s: load failed (%s) after %d good blocks; recomputing", plan.request_id, kind, good)
             chunk = (first + good - run.position) // run.block_count
@@ -300,8 +328,18 @@ class SchedulerSide:
         """``build_connector_meta``: what the workers are to do in this step."""
         # Not guarded as a whole: the engine waits for the loads in here, they must not get lost.
         meta, self._meta = self._meta, StepMetadata()
+        self._time_step(scheduler_output, meta)
         self._plan_stores(scheduler_output, meta)
         return meta
+
+    @guarded()
+    def _time_step(self, scheduler_output: Any, meta: StepMetadata) -> None:
+        if self._gate is not None:
+            meta.step = self._gate.step_began(scheduler_output, self._computed_tokens_of)
+
+    def _computed_tokens_of(self, request_id: str) -> int | None:
+        tracked = self._requests.get(request_id)
+        return int(tracked.request.num_computed_tokens) if tracked is not None else None
 
     @guarded()
     def _plan_stores(self, scheduler_output: Any, meta: StepMetadata) -> None:
@@ -369,11 +407,18 @@ class SchedulerSide:
     def take_output(self, output: Any) -> None:
         """``update_connector_output``: what the workers report."""
         report = output.kv_connector_worker_meta
+        if self._gate is None or self._planner is None:
+            return
+        self._gate.step_ended(report.step if isinstance(report, WorkerReport) else 0)
+        if isinstance(report, WorkerReport):
+            for job_id, (read_bytes, elapsed_us) in report.measured.items():
+                self._gate.load_measured(job_id, read_bytes, elapsed_us)
         for request_id in output.finished_recving or ():
             for job_id in [j for j, p in self._load_plans.items() if p.request_id == request_id]:
                 if not isinstance(report, WorkerReport) or job_id not in report.failed:
                     del self._load_plans[job_id]
-        if not isinstance(report, WorkerReport) or self._planner is None:
+                    self._gate.load_ended(job_id)
+        if not isinstance(report, WorkerReport):
             return
         for job_id, (ranks, outcomes) in report.stored.items():
             self._planner.take_rank_results(job_id, ranks, self._world_size, outcomes)
@@ -416,49 +461,3 @@ def _group_views(handshakes: list[Handshake]) -> list[GroupView]:
             )
         )
     return views
-
-
-def _clip(runs: Sequence[Run], low: int, high: int) -> list[Run]:
-    """Cut runs to the blocks [low, high); a run that ends inside a chunk is split before it."""
-    clipped: list[Run] = []
-    for run in runs:
-        start, stop = max(low, run.position), min(high, run.position + run.take)
-        if start >= stop:
-            continue
-        n = run.block_count
-        if run.chunk_count == 1:
-            take = stop - run.position
-            clipped.append(Run(run.position, n, 1, run.holes, run.last, take))
-            continue
-        first = (start - run.position) // n
-        full = (stop - run.position) // n
-        position = run.position + first * n
-        if full > first:
-            holes = run.holes if first == 0 else 0
-            clipped.append(Run(position, n, full - first, holes, b"", (full - first) * n))
-        rest = stop - run.position - full * n
-        if rest:
-            holes = run.holes if full == 0 else 0
-            clipped.append(Run(run.position + full * n, n, 1, holes, b"", rest))
-    return clipped
-
-
-def _load_run(
-    namespace: bytes, group: int, run: Run, first: int, hashes: Sequence[bytes], block_ids: Sequence[int]
-) -> LoadRun:
-    """The message for one clipped run; ``first`` is its first block that is wanted."""
-    stop = run.position + run.take
-    last = run.last
-    if not last and run.take < run.block_count * run.chunk_count:
-        last = hashes[run.position + run.block_count - 1][:16]  # a full chunk of which only the front is wanted
-    return LoadRun(
-        namespace,
-        group,
-        run.block_count,
-        run.chunk_count,
-        run.holes,
-        last,
-        first - run.position,
-        b"".join(hashes[run.position : stop]),
-        np.array(block_ids[first:stop], dtype="<i4").tobytes(),
-    )

@@ -101,17 +101,18 @@ class WorkerSide:
 
     def start_loads(self, meta: StepMetadata) -> None:
         """``start_load_kv``: hand over this step's loads."""
-        for request_id, job_id, runs in meta.loads:
-            self._start_load(request_id, job_id, runs)
+        self._report.step = meta.step
+        for request_id, job_id, runs, stop_s in meta.loads:
+            self._start_load(request_id, job_id, runs, stop_s)
         for request_id, block_ids in meta.failed:
             self._fail_request(request_id, block_ids)
 
     @guarded(recover="_load_not_started")
-    def _start_load(self, request_id: str, job_id: int, runs: tuple[LoadRun, ...]) -> None:
+    def _start_load(self, request_id: str, job_id: int, runs: tuple[LoadRun, ...], stop_s: float) -> None:
         self._loading[job_id] = (request_id, runs)
-        self._require_client().submit_load(job_id, runs)
+        self._require_client().submit_load(job_id, runs, stop_s)
 
-    def _load_not_started(self, request_id: str, job_id: int, runs: tuple[LoadRun, ...]) -> None:
+    def _load_not_started(self, request_id: str, job_id: int, runs: tuple[LoadRun, ...], stop_s: float) -> None:
         """The engine waits for every load it planned: one that did not start has failed."""
         self._loading.pop(job_id, None)
         self._report.failed[job_id] = tuple((0, "io_service") for _ in runs)
@@ -154,6 +155,8 @@ class WorkerSide:
         if found is None:
             return  # answered as failed already
         request_id, runs = found
+        if result.measures_tier:
+            self._report.measured[result.job_id] = (result.read_bytes, int(result.seconds * 1e6))
         if not any(result.kinds):
             self._finished.add(request_id)
             return
@@ -185,7 +188,7 @@ class WorkerSide:
 
     def take_report(self) -> WorkerReport | None:
         """What the scheduler side should learn."""
-        if not self._report.stored and not self._report.failed:
+        if self._report == WorkerReport():
             return None
         report, self._report = self._report, WorkerReport()
         return report

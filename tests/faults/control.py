@@ -28,7 +28,7 @@ VARIABLE = "MEMKV_FAULTS_CONTROL"
 
 OPEN, CREATE, STAT, READ, WRITE, RENAME, UNLINK = (1 << i for i in range(7))
 ANYTHING = OPEN | CREATE | STAT | READ | WRITE | RENAME | UNLINK
-NOTHING, FAIL, SHORT, FLIP, MISDIRECT, STALE, ZERO, LOST, DELAY, KILL = range(10)
+NOTHING, FAIL, SHORT, FLIP, MISDIRECT, STALE, ZERO, LOST, DELAY, KILL, THROTTLE = range(11)
 
 _ALWAYS = 1024
 _FOR_EVER_MS = 3_600_000
@@ -50,6 +50,8 @@ _FIELDS = {
         "injected": "<Q",
         "everything": "<I",
         "root": "<1020s",
+        "bytes_per_s": "<Q",
+        "busy_until": "<Q",
     }.items()
 }
 _OFFSETS: dict[str, int] = {}
@@ -69,6 +71,7 @@ class Fault:
         operations: the calls it can happen to.
         error: the `errno` of calls that fail.
         delay_ms: how long a call takes longer.
+        bytes_per_s: bandwidth that is left to all calls together.
         everything: it happens to anything below the tier's directory, not to chunks alone.
         spoils: what is stored meanwhile may be damaged for good, without anyone having been told.
         ends_service: the I/O process does not survive it.
@@ -79,6 +82,7 @@ class Fault:
     operations: int
     error: int = 0
     delay_ms: int = 0
+    bytes_per_s: int = 0
     everything: bool = False
     spoils: bool = False
     ends_service: bool = False
@@ -136,6 +140,11 @@ _ALL = (
     Fault("kill in a rename", KILL, RENAME, ends_service=True),
 )
 FAULTS = {fault.name: fault for fault in _ALL}
+
+
+def throttle(mb_per_s: float) -> Fault:
+    """A device that reads and writes no faster than that; nothing is wrong with what it reads and writes."""
+    return Fault(f"{mb_per_s:g} MB/s", THROTTLE, READ | WRITE, bytes_per_s=int(mb_per_s * 1e6))
 
 
 def built() -> Path:
@@ -243,10 +252,12 @@ class Injector:
             "per_1024": per_1024,
             "error": fault.error,
             "delay_ms": fault.delay_ms,
+            "bytes_per_s": fault.bytes_per_s,
             "seed": seed,
             "skip": skip,
             "budget": budget,
             "calls": 0,
+            "busy_until": 0,
             "everything": int(fault.everything and everywhere),
         }.items():
             self._set(name, value)

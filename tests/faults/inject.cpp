@@ -43,6 +43,7 @@ enum Action : uint32_t {
   LOST = 7,       // says it is done, and is not
   DELAY = 8,      // later, or not before the fault is switched off
   KILL = 9,       // the process dies before, in the middle of, or after the call
+  THROTTLE = 10,  // all reads and writes together are no faster than bytes_per_s, as on one slow device
 };
 
 // What control.py maps too; all fields little-endian, at these offsets.
@@ -61,8 +62,11 @@ struct Control {
   std::atomic<uint64_t> injected;
   std::atomic<uint32_t> everything;  // 1: whatever is below the root, 0: chunks and their temporary files
   char root[1020];
+  std::atomic<uint64_t> bytes_per_s;  // of THROTTLE
+  std::atomic<uint64_t> busy_until;   // of THROTTLE: CLOCK_MONOTONIC, in ns
 };
-static_assert(offsetof(Control, seed) == 24 && offsetof(Control, root) == 76 && sizeof(Control) == 1096);
+static_assert(offsetof(Control, seed) == 24 && offsetof(Control, root) == 76);
+static_assert(offsetof(Control, bytes_per_s) == 1096 && sizeof(Control) == 1112);
 
 Control *control = nullptr;
 bool is_service = false;
@@ -164,6 +168,22 @@ void wait_out(const Strike &hit) {
 
 [[noreturn]] void die() {
   for (;;) syscall(SYS_kill, syscall(SYS_getpid), SIGKILL);
+}
+
+uint64_t now_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+// Wait for a turn on a device that moves these bytes after all it was asked for before, whoever asked.
+void queue_up(const Strike &hit, size_t bytes) {
+  uint64_t cost = static_cast<uint64_t>(1e9 * static_cast<double>(bytes) / static_cast<double>(control->bytes_per_s));
+  uint64_t busy = control->busy_until.load(), end;
+  do end = std::max(busy, now_ns()) + cost;
+  while (!control->busy_until.compare_exchange_weak(busy, end));
+  timespec tick{0, 500000};
+  while (now_ns() < end && control->round.load() == hit.round) syscall(SYS_nanosleep, &tick, nullptr);
 }
 
 // What every kind of call can suffer. True: the caller returns -1 with errno set.
@@ -316,6 +336,10 @@ ssize_t vector_call(Operation operation, Vector call, int fd, const iovec *piece
     case NOTHING:
     case FAIL:
     case DELAY:
+      return call(fd, pieces, count_, offset, flags);
+    case THROTTLE:
+      count();
+      queue_up(hit, total_of(pieces, count_));
       return call(fd, pieces, count_, offset, flags);
     case KILL:
       if (operation == READ) dies_after(hit);

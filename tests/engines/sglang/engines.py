@@ -94,8 +94,12 @@ def hicache(
 
 
 def memkv_extra(tier: Path, **keys: Any) -> dict[str, Any]:
-    """Returns the extra configuration of our backend, for `hicache("dynamic", ...)`; `keys` add to it or replace."""
+    """Returns the extra configuration of our backend, for `hicache("dynamic", ...)`; `keys` add to it or replace.
+
+    The cost gate is off: a small model often recomputes faster than a busy machine loads (`test_cost_gate.py`).
+    """
     return {
+        "cost_gate": "off",
         "backend_name": "memkv_engines",
         "module_path": "memkv_engines.sglang.hicache",
         "class_name": "MemKVHiCache",
@@ -107,14 +111,14 @@ def memkv_extra(tier: Path, **keys: Any) -> dict[str, Any]:
 
 
 def linker(tier: Path, **keys: Any) -> dict[str, Any]:
-    """Returns the engine's arguments for our linker, which needs no hierarchical cache."""
+    """Returns the engine's arguments for our linker, which needs no hierarchical cache; gate as in `memkv_extra`."""
     return {
         "enable_unified_cache_external_linker": True,
         "unified_cache_external_linker_backend": "dynamic",
         "unified_cache_external_linker_config": {
             "linker": "MemKVCacheLinker",
             "linker_module_path": "memkv_engines.sglang.linker",
-            "linker_extra_config": {"path": str(tier), **keys},
+            "linker_extra_config": {"cost_gate": "off", "path": str(tier), **keys},
         },
     }
 

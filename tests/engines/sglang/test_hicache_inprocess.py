@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ import pytest
 from memkv_engines.chunk.codec import decode_header
 from memkv_engines.errors import MemKVError
 from memkv_engines.keys import ChunkName
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.cost_gate import Candidate, CostGate
+from memkv_engines.sglang.gating import PrefillWatch
 from tests.engines.sglang.radix_caches import (
     LAYOUTS,
     PAGE_TOKENS,
@@ -195,6 +199,42 @@ def test_a_damaged_page_ends_the_prefix(
     check_unharmed(reader, free - pages(bad_page))
     assert not list(tier.rglob("*.kv")), "a damaged chunk is not offered again"
     assert reader.prefetch(sequence(9)) == pages(bad_page)
+
+
+def test_what_is_slower_than_recomputing_is_not_loaded(reader: Side) -> None:
+    stores = reader.backend._stores
+    gate, free = stores.gate.gate, reader.free_host_tokens()
+    gate.enabled = True
+    for _ in range(3):
+        gate.load_ended(gate.load_began(Candidate(0, 1000, 1 << 20)), 1 << 20, 100.0)
+        gate.observe_prefill([(0, 4096)], 0.01)
+    gate._next_trial = float("inf")
+    assert reader.prefetch(sequence(9)) == 0
+    check_unharmed(reader, free)
+    assert stores.counters()["gate_slower"] == 1
+    gate.enabled = False
+    assert reader.prefetch(sequence(9)) == pages(9)
+
+
+def test_prefills_are_watched_and_the_scheduler_is_left_as_it_was() -> None:
+    class Scheduler:
+        def process_batch_result(self, batch: Any, result: Any) -> Any:
+            return result
+
+    scheduler, gate = Scheduler(), CostGate(enabled=True)
+    watch = PrefillWatch(scheduler, gate, Counters())
+    extend = SimpleNamespace(is_extend=lambda: True)
+    for _ in range(2):
+        batch = SimpleNamespace(
+            forward_mode=extend, prefix_lens=[0, 64], extend_lens=[512, 512], launch_ts=time.monotonic() - 1.0
+        )
+        assert scheduler.process_batch_result(batch, "result") == "result"
+    assert gate._prefill.known
+    assert scheduler.process_batch_result(None, "nonsense") == "nonsense"
+    assert scheduler.process_batch_result(SimpleNamespace(launch_ts=1.0), "nonsense") == "nonsense"
+    assert watch.counters["boundary_errors"] == 1
+    watch.stop()
+    assert "process_batch_result" not in vars(scheduler)
 
 
 def test_a_damaged_header_and_a_short_file_are_misses(reader: Side, tier: Path) -> None:

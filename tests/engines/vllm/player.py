@@ -33,7 +33,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from tests.engines.vllm import damage
-from tests.faults.control import FAULTS, Injector
+from tests.faults.control import FAULTS, Injector, throttle
 
 ENGINE = {
     "dtype": "float32",
@@ -323,6 +323,12 @@ class Player:
         self.disarm()
         self._injector = Injector(self._directory, control=Path(control))
         self._injector.arm(FAULTS[fault], seed=seed, per_1024=per_1024)
+
+    def throttle(self, control: str, mb_per_s: float) -> None:
+        """From here on the tier is no faster than that, until `disarm`."""
+        self.disarm()
+        self._injector = Injector(self._directory, control=Path(control))
+        self._injector.arm(throttle(mb_per_s))
 
     def disarm(self) -> Report:
         """Everything is well again; how often something went wrong."""

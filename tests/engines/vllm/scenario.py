@@ -61,8 +61,9 @@ def start(kind: str, tier: Path | None = None, *, engine: dict[str, Any] | None 
         engine: arguments for the engine.
         **extra: extra config of the connector.
     """
-    # A look-up that is late on a busy machine would be an honest miss, but not what these tests are about.
-    patient = {"chunk_target_bytes": 2 * MIB, "probe_timeout_ms": 20_000}
+    # A look-up that is late on a busy machine would be an honest miss, and a small model often recomputes faster than
+    # such a machine loads: neither is what these tests are about (`test_cost_gate.py` is about the latter).
+    patient = {"chunk_target_bytes": 2 * MIB, "probe_timeout_ms": 20_000, "cost_gate": "off"}
     connector = {"path": str(tier), **patient, **extra} if tier else None
     return {"do": "start", "model": model(kind), "connector": connector, "engine": engine or {}}
 

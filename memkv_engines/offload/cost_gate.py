@@ -1,0 +1,273 @@
+"""The cost gate: how much of a hit to load, so that a hit is never slower than recomputing.
+
+A request of n tokens has c of them in the engine's memory, and the tier holds those up to h. With L(bytes) for loading
+and P(a, b) for the prefill of [a, b) (``estimates``), loading up to k costs the request
+
+    T(k) = L(bytes of [c, k)) + P(k, n)    for k > c,        T(c) = P(c, n)
+
+What is best? L grows by the same amount with each token, while a token's prefill costs the more the later it is. So
+T' falls as k grows, T is concave, and its least value is at an end: **all or nothing**. A load must be a prefix, and
+the tokens worth most are the last ones; where a part is worth loading, all is worth more. P(h, n) is paid either way,
+so the question is whether L([c, h)) <= P(c, h). (With several levels of different speed the ends of each level's part
+would be candidates, too; there is one.)
+
+It is the request's own time to the first token that is decided on. In vLLM a load runs beside the engine's steps and
+costs hardly any time of the device, so for throughput even a slow load is a gain; we promise latency.
+
+Exceptions, each bounded:
+
+- *Not measured yet.* Without a measured load everything is loaded. As with every load, the I/O service stops reading
+  when it turns out slower than the prefill it saves (``LoadTicket.stop_s``): the cost is the first chunks, which are
+  read at once. Until a prefill was measured it is assumed to produce ``PRIOR_PREFILL_BYTES_PER_S`` of KV.
+- *Overdue.* While a load is long past its stop nothing else is loaded: the tier hangs.
+- *Trials.* Who declines never learns that the tier is well again. So now and then a leading part is loaded: as much as
+  takes ``TRIAL_SHARE`` of the prefill it belongs to, at least a chunk, and so seldom that trials take no more than
+  ``TRIAL_DUTY`` of the time. After one that was much faster than expected the next one may follow at once.
+- *Negligible.* A load of ``NEGLIGIBLE_LOAD_S`` is always made: that is noise to the request.
+
+Decisions have hysteresis per length (a power of two): what was declined must be predicted to save ``RESUME_GAIN``
+before it is loaded again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from memkv_engines.limits import (
+    COLD_LOAD_S,
+    FORGET_LOAD_S,
+    MIN_TRIAL_TOKENS,
+    NEGLIGIBLE_LOAD_S,
+    OVERDUE_SLACK_S,
+    PRIOR_PREFILL_BYTES_PER_S,
+    RESUME_GAIN,
+    STOP_FLOOR_S,
+    STOP_MARGIN,
+    TRIAL_DUTY,
+    TRIAL_PAUSE_S,
+    TRIAL_SHARE,
+)
+from memkv_engines.log import Throttle, get_logger
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.estimates import LoadCost, PrefillCost
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What could be loaded: tokens [start, stop) of a request, in so many bytes of the slowest rank."""
+
+    start: int
+    stop: int
+    size_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+    def leading(self, tokens: int) -> Candidate:
+        """Its first tokens."""
+        return Candidate(self.start, self.start + tokens, self.size_bytes * tokens // max(1, self.tokens))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How much of a hit to load.
+
+    Attributes:
+        tokens: from the hit's start on; all, a leading part, or none.
+        reason: ``faster | negligible | unmeasured | trial | slower | off``.
+    """
+
+    tokens: int
+    reason: str
+
+
+@dataclass(eq=False)
+class LoadTicket:
+    """A load under way.
+
+    Attributes:
+        size_bytes: what it shall bring.
+        ahead_bytes: what loads before it shall still bring; they share the tier, and are served in order.
+        predicted_s: what it should take with its waiting; 0 where that was unknown.
+        stop_s: to be stopped as soon as it is seen to take longer; 0: never.
+        overdue_at: when it should long have ended.
+    """
+
+    size_bytes: int
+    ahead_bytes: int
+    predicted_s: float
+    stop_s: float
+    overdue_at: float
+
+
+class CostGate:
+    """Judges hits. Thread-safe; nothing blocks. One for each process that decides.
+
+    Args:
+        enabled: off, everything is loaded and nothing is stopped.
+        counters: where to count, under this object's lock only; its own by default.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, *, enabled: bool, counters: Counters | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.enabled = enabled
+        self.counters = counters or Counters()
+        self._clock = clock
+        self._load, self._prefill = LoadCost(clock), PrefillCost(clock)
+        self._under_way: list[LoadTicket] = []
+        self._declining: dict[int, bool] = {}
+        self._next_trial, self._trials = 0.0, 0
+        self._last_trial = (0, 0, 0.0)
+        self._lock = threading.Lock()
+        self._lines = Throttle()
+
+    # --- learning --------------------------------------------------------------
+
+    def load_began(self, hit: Candidate) -> LoadTicket:
+        """A load begins; ``load_ended`` must follow, whatever becomes of it."""
+        with self._lock:
+            ahead = self._ahead_bytes()
+            stop_s = self._stop_s(hit) if self.enabled else 0.0
+            predicted_s = self._load.seconds(ahead + hit.size_bytes)
+            overdue_at = self._clock() + stop_s + OVERDUE_SLACK_S
+            ticket = LoadTicket(hit.size_bytes, ahead, predicted_s, stop_s, overdue_at)
+            self._under_way.append(ticket)
+            return ticket
+
+    def load_ended(self, ticket: LoadTicket, read_bytes: int = 0, seconds: float = 0.0) -> None:
+        """A load ended; what it read and how long that took with its waiting. A load that failed tells nothing: 0."""
+        with self._lock:
+            if ticket not in self._under_way:
+                return  # forgotten: nobody had heard of it for too long
+            later = self._under_way.index(ticket)
+            del self._under_way[later]
+            for other in self._under_way[later:]:
+                # Stopped early: those behind did not wait for all of it.
+                other.ahead_bytes -= max(0, ticket.size_bytes - read_bytes)
+            if not self.enabled or read_bytes <= 0 or seconds <= 0:
+                return
+            moved = max(0, ticket.ahead_bytes) + read_bytes
+            if ticket.predicted_s and read_bytes >= ticket.size_bytes:
+                self.counters.add("gate_error_microseconds", int(abs(seconds - ticket.predicted_s) * 1e6))
+            if self._load.known and 2 * seconds < self._load.seconds(moved):
+                # Better than we thought: no need to wait before the next trial.
+                self._next_trial = self._clock()
+            self._load.observe(moved, seconds)
+
+    def observe_prefill(self, spans: Iterable[tuple[int, int]], seconds: float) -> None:
+        """A step of the engine computed these spans of tokens."""
+        if self.enabled:
+            with self._lock:
+                self._prefill.observe(spans, seconds)
+
+    # --- deciding --------------------------------------------------------------
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the first load of all is under way: who waits for it knows more."""
+        with self._lock:
+            return self.enabled and not self._load.known and bool(self._under_way) and not self._overdue()
+
+    def judge(self, hit: Candidate, block_tokens: int = 1, least_tokens: int = 0) -> Verdict:
+        """How much of a hit to load. Counts, and may take the turn of a trial: ask once for a request.
+
+        Args:
+            hit: what could be loaded; not empty.
+            block_tokens: a part is a multiple of this.
+            least_tokens: a part is at least this long, and at least ``MIN_TRIAL_TOKENS``.
+        """
+        if not self.enabled:
+            return Verdict(hit.tokens, "off")
+        with self._lock:
+            verdict = self._judge(hit, block_tokens, max(least_tokens, MIN_TRIAL_TOKENS))
+            self.counters.add(f"gate_{verdict.reason}")
+            self.counters.add("gate_declined_tokens", hit.tokens - verdict.tokens)
+            held = self._lines.admit(verdict.reason) if verdict.tokens < hit.tokens else None
+            if held is not None:
+                text = "cost gate: %d of %d stored tokens are loaded (%s) (%d more such lines held back)"
+                log.info(text, verdict.tokens, hit.tokens, verdict.reason, held)
+            return verdict
+
+    # --- inside ----------------------------------------------------------------
+
+    def _overdue(self) -> bool:
+        now = self._clock()
+        self._under_way = [t for t in self._under_way if now < t.overdue_at + FORGET_LOAD_S]
+        return any(ticket.overdue_at < now for ticket in self._under_way)
+
+    def _ahead_bytes(self) -> int:
+        return sum(ticket.size_bytes for ticket in self._under_way)
+
+    def _worth(self, hit: Candidate) -> float:
+        """Seconds of prefill that a load saves."""
+        if self._prefill.known:
+            return self._prefill.seconds(hit.start, hit.stop)
+        return max(COLD_LOAD_S, hit.size_bytes / PRIOR_PREFILL_BYTES_PER_S)
+
+    def _stop_s(self, hit: Candidate) -> float:
+        """When a load is to be stopped; a trial has its budget, since it would teach nothing else."""
+        worth_s = self._worth(hit)
+        if self._last_trial[:2] == (hit.start, hit.stop):
+            worth_s = max(worth_s, self._last_trial[2])
+        return max(STOP_FLOOR_S, STOP_MARGIN * worth_s)
+
+    def _judge(self, hit: Candidate, block_tokens: int, least_tokens: int) -> Verdict:
+        if self._overdue():
+            return Verdict(0, "slower")
+        if not self._load.known:
+            return Verdict(hit.tokens, "unmeasured")
+        load_s, worth_s = self._load.seconds(self._ahead_bytes() + hit.size_bytes), self._worth(hit)
+        if load_s <= NEGLIGIBLE_LOAD_S:
+            return Verdict(hit.tokens, "negligible")
+        length = hit.tokens.bit_length()
+        was_declining = self._declining.get(length, False)
+        declines = load_s > worth_s * ((1 - RESUME_GAIN) if was_declining else 1)
+        self._declining[length] = declines
+        if declines != was_declining:
+            self._report(hit, load_s, worth_s, declines)
+        if declines and not was_declining:
+            # What made us decline was measured just now.
+            self._next_trial = max(self._next_trial, self._clock() + TRIAL_PAUSE_S)
+        if not declines:
+            return Verdict(hit.tokens, "faster")
+        return self._trial(hit, worth_s, block_tokens, least_tokens) or Verdict(0, "slower")
+
+    def _trial(self, hit: Candidate, worth_s: float, block_tokens: int, least_tokens: int) -> Verdict | None:
+        now = self._clock()
+        if now < self._next_trial:
+            return None
+        # Of two sizes, or latency could not be told from bandwidth.
+        budget_s = TRIAL_SHARE * worth_s / (1 + self._trials % 2)
+        self._trials += 1
+        share = self._load.bytes_in(budget_s) / max(1, hit.size_bytes)
+        tokens = max(int(hit.tokens * share), least_tokens)
+        tokens = min(-(-tokens // block_tokens) * block_tokens, hit.tokens)
+        part = hit.leading(tokens)
+        self._last_trial = (part.start, part.stop, budget_s)
+        self._next_trial = now + max(TRIAL_PAUSE_S, self._load.seconds(part.size_bytes) / TRIAL_DUTY)
+        return Verdict(tokens, "trial")
+
+    def _report(self, hit: Candidate, load_s: float, worth_s: float, declines: bool) -> None:
+        self.counters.add("gate_flips")
+        held = self._lines.admit("flip")
+        if held is not None:
+            log.info(
+                "cost gate: hits of about %d tokens are %s: %.3f s to load %.1f MB, %.3f s to recompute%s "
+                "(%d more such lines held back)",
+                hit.tokens,
+                "not loaded any more" if declines else "loaded again",
+                load_s,
+                hit.size_bytes / 1e6,
+                worth_s,
+                "" if self._prefill.known else " (assumed)",
+                held,
+            )

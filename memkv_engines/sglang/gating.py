@@ -1,0 +1,121 @@
+"""The cost gate as SGLang's doors need it: pages instead of tokens, and where prefill is seen.
+
+A storage backend or a linker is told nothing of prefills. But it lives in the scheduler's process, and the scheduler
+hands every batch with its result to ``process_batch_result``: from the launch of a batch (or the result before, where
+SGLang launches ahead) to the end of that call is what a request waits for. Without a scheduler to watch (another
+version, a test) no prefill is ever measured, and the gate goes by what it assumes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from memkv_engines.limits import MIN_TRIAL_TOKENS
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.boundary import guarded
+from memkv_engines.offload.client import LoadResult
+from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
+from memkv_engines.offload.estimates import StepClock
+
+
+class PageGate:
+    """Judges and measures pages of the pool of full attention. Thread-safe.
+
+    Args:
+        enabled: as for ``CostGate``.
+        page_tokens: tokens of a page.
+        page_bytes: bytes of a page, by pool; the pool of full attention is the first.
+        chunk_pages: pages of a full chunk.
+        least_tokens: SGLang loads no fewer.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool,
+        page_tokens: int,
+        page_bytes: Mapping[str, int],
+        chunk_pages: int,
+        least_tokens: int = MIN_TRIAL_TOKENS,
+    ) -> None:
+        self.gate = CostGate(enabled=enabled)
+        self._page_tokens, self._page_bytes = page_tokens, dict(page_bytes)
+        self._least_tokens = max(least_tokens, chunk_pages * page_tokens)
+
+    def worth_loading(self, before: int, pages: int, others: Mapping[str, int] | None = None) -> int:
+        """How many of some leading pages to load.
+
+        Args:
+            before: pages before them, as far as known; what is unknown makes recomputing look cheaper than it is.
+            pages: how many are stored.
+            others: pages that other pools would load beside them.
+        """
+        if not pages:
+            return 0
+        candidate = self._candidate(before, pages)
+        beside = sum(self._page_bytes.get(pool, 0) * count for pool, count in (others or {}).items())
+        candidate = Candidate(candidate.start, candidate.stop, candidate.size_bytes + beside)
+        verdict = self.gate.judge(candidate, self._page_tokens, self._least_tokens)
+        return verdict.tokens // self._page_tokens
+
+    def load_began(self, before: int, pages: int) -> LoadTicket:
+        """A load of some pages begins; ``load_ended`` must follow."""
+        return self.gate.load_began(self._candidate(before, pages))
+
+    def load_ended(self, ticket: LoadTicket, result: LoadResult | None) -> None:
+        """It ended so; None: no answer."""
+        if result is not None and result.measures_tier:
+            self.gate.load_ended(ticket, result.read_bytes, result.seconds)
+        else:
+            self.gate.load_ended(ticket)
+
+    def _candidate(self, before: int, pages: int) -> Candidate:
+        size, page_bytes = self._page_tokens, next(iter(self._page_bytes.values()))
+        return Candidate(before * size, (before + pages) * size, pages * page_bytes)
+
+
+class PrefillWatch:
+    """Tells a gate how long the batches of a scheduler take. Its methods run on the scheduler's thread.
+
+    Args:
+        scheduler: SGLang's; None: there is nothing to watch.
+        gate: who is told.
+        counters: for ``guarded``.
+    """
+
+    def __init__(self, scheduler: Any | None, gate: CostGate, counters: Counters) -> None:
+        self.counters = counters
+        self._scheduler, self._gate = scheduler, gate
+        self._clock = StepClock()
+        self._watching = scheduler is not None and gate.enabled and hasattr(scheduler, "process_batch_result")
+        if not self._watching:
+            return
+        process = scheduler.process_batch_result  # type: ignore[union-attr]
+
+        @functools.wraps(process)
+        def watched(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            answer = process(batch, *args, **kwargs)
+            self._ended(batch)
+            return answer
+
+        self._watched = scheduler.process_batch_result = watched  # type: ignore[union-attr]
+
+    def stop(self) -> None:
+        """The scheduler goes on unwatched; idempotent."""
+        if self._watching and vars(self._scheduler).get("process_batch_result") is self._watched:
+            del self._scheduler.process_batch_result  # type: ignore[union-attr]
+        self._watching = False
+
+    @guarded(refusals=False)
+    def _ended(self, batch: Any) -> None:
+        launched = getattr(batch, "launch_ts", None)
+        if not self._watching or launched is None:
+            return
+        seconds = self._clock.ended(launched)
+        if batch.forward_mode.is_extend() and batch.prefix_lens and batch.extend_lens:
+            spans = [
+                (before, before + count) for before, count in zip(batch.prefix_lens, batch.extend_lens, strict=True)
+            ]
+            self._gate.observe_prefill(spans, seconds)

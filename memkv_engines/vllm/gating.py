@@ -1,0 +1,122 @@
+"""The cost gate as vLLM's scheduler needs it: bytes of a hit, times of steps, one verdict for a request.
+
+A step's time is taken in the scheduler, from the schedule (or the result before, where vLLM schedules ahead) to its
+result: all that a request waits for. The worker sends the number of a step that holds enough prefill back with its
+result, since not every result comes with a report.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memkv_engines.limits import MAX_STEPS_TIMED, MIN_PREFILL_SAMPLE_TOKENS
+from memkv_engines.metrics import Counters
+from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
+from memkv_engines.offload.estimates import StepClock
+from memkv_engines.vllm.metadata import Handshake
+
+
+@dataclass
+class Judged:
+    """What was decided for a request: of the hit [start, stop) so many tokens."""
+
+    start: int
+    stop: int
+    tokens: int
+
+
+class HitGate:
+    """Nothing blocks; the scheduler's thread only.
+
+    Args:
+        enabled: as for ``CostGate``.
+        counters: where to count.
+        handshakes: of all workers.
+        align_tokens: hits end on multiples of this.
+    """
+
+    def __init__(
+        self, *, enabled: bool, counters: Counters, handshakes: Sequence[Handshake], align_tokens: int
+    ) -> None:
+        self._gate = CostGate(enabled=enabled, counters=counters)
+        self._facts = [h.groups for h in handshakes]
+        self._align_tokens = align_tokens
+        self._least_tokens = max(f.blocks_per_chunk * f.block_tokens for facts in self._facts for f in facts)
+        self._tickets: dict[int, LoadTicket] = {}
+        self._measured: dict[int, tuple[int, int]] = {}
+        self._clock = StepClock()
+        self._steps: OrderedDict[int, tuple[float, list[tuple[int, int]]]] = OrderedDict()
+        self._next_step = 0
+
+    # --- hits ------------------------------------------------------------------
+
+    def judge(self, known: Judged | None, start: int, stop: int) -> Judged | None:
+        """How much of the hit [start, stop) to load; None: ask again. ``known`` is what the request was told before."""
+        if known is not None and (known.start, known.stop) == (start, stop):
+            return known
+        if self._gate.undecided:
+            return None
+        verdict = self._gate.judge(self._candidate(start, stop), self._align_tokens, self._least_tokens)
+        return Judged(start, stop, verdict.tokens)
+
+    def load_began(self, job_id: int, start: int, stop: int) -> float:
+        """A load was planned; when it is to be stopped, in seconds (0: never)."""
+        ticket = self._tickets[job_id] = self._gate.load_began(self._candidate(start, stop))
+        return ticket.stop_s
+
+    def load_measured(self, job_id: int, read_bytes: int, elapsed_us: int) -> None:
+        """A rank has read its part; the slowest counts."""
+        if job_id in self._tickets:
+            known = self._measured.get(job_id, (0, 0))
+            self._measured[job_id] = (max(known[0], read_bytes), max(known[1], elapsed_us))
+
+    def load_ended(self, job_id: int) -> None:
+        """Every rank is done with a load, or it failed."""
+        ticket = self._tickets.pop(job_id, None)
+        read_bytes, elapsed_us = self._measured.pop(job_id, (0, 0))
+        if ticket is not None:
+            self._gate.load_ended(ticket, read_bytes, elapsed_us / 1e6)
+
+    def _candidate(self, start: int, stop: int) -> Candidate:
+        return Candidate(start, stop, max(_bytes(facts, stop - start) for facts in self._facts))
+
+    # --- steps -----------------------------------------------------------------
+
+    def step_began(self, scheduler_output: Any, computed_of: Callable[[str], int | None]) -> int:
+        """The engine is about to run a step; its number if it is worth timing, else 0.
+
+        Args:
+            scheduler_output: vLLM's.
+            computed_of: tokens of a request that are computed already; None: unknown.
+        """
+        if not self._gate.enabled or scheduler_output.total_num_scheduled_tokens < MIN_PREFILL_SAMPLE_TOKENS:
+            return 0
+        spans = []
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+            start = computed_of(request_id)
+            if start is None:
+                return 0
+            spans.append((start, start + count))
+        self._next_step += 1
+        self._steps[self._next_step] = (self._clock.now(), spans)
+        if len(self._steps) > MAX_STEPS_TIMED:
+            self._steps.popitem(last=False)
+        return self._next_step
+
+    def step_ended(self, step: int) -> None:
+        """The result of a step is here; 0: of one that is not timed."""
+        began, spans = self._steps.pop(step, (0.0, []))
+        seconds = self._clock.ended(began)
+        if spans:
+            self._gate.observe_prefill(spans, seconds)
+
+
+def _bytes(facts: Sequence[Any], tokens: int) -> int:
+    """What one rank reads for so many tokens."""
+    return sum(
+        f.block_bytes * min(tokens, f.window_tokens + f.block_tokens if f.window_tokens else tokens) // f.block_tokens
+        for f in facts
+    )

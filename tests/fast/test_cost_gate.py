@@ -1,0 +1,308 @@
+"""The cost gate against a world whose tier and engine have known speeds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memkv_engines.limits import (
+    COLD_LOAD_S,
+    FORGET_LOAD_S,
+    MIN_TRIAL_TOKENS,
+    NEGLIGIBLE_LOAD_S,
+    OVERDUE_SLACK_S,
+    STOP_FLOOR_S,
+    STOP_MARGIN,
+    TRIAL_DUTY,
+    TRIAL_PAUSE_S,
+    TRIAL_SHARE,
+)
+from memkv_engines.offload.cost_gate import Candidate, CostGate, Verdict
+from tests.fast.clocks import Clock
+
+TOKEN_BYTES = 100_000
+MB = 1_000_000
+CHUNK_TOKENS, READERS = 64, 4
+LOADS = ("faster", "negligible", "unmeasured")
+
+
+class World:
+    """An engine and a tier. Every request loads what the gate says and recomputes the rest.
+
+    Args:
+        mb_per_s: the tier's bandwidth.
+        latency_s: what each load takes besides.
+        tokens_per_s: prefill, before attention.
+        quadratic_s: of each pair of tokens.
+    """
+
+    def __init__(
+        self, mb_per_s: float, *, latency_s: float = 0.0, tokens_per_s: float = 5000.0, quadratic_s: float = 1e-8
+    ) -> None:
+        self.clock = Clock()
+        self.gate = CostGate(enabled=True, clock=self.clock)
+        self.mb_per_s, self.latency_s = mb_per_s, latency_s
+        self.tokens_per_s, self.quadratic_s = tokens_per_s, quadratic_s
+        self.noise = lambda: 1.0
+
+    def prefill_s(self, start: int, stop: int) -> float:
+        return (stop - start) / self.tokens_per_s + self.quadratic_s * (stop**2 - start**2) / 2
+
+    def load_s(self, tokens: int) -> float:
+        return self.latency_s + tokens * TOKEN_BYTES / (self.mb_per_s * MB)
+
+    def prefill(self, start: int, stop: int) -> float:
+        seconds = self.prefill_s(start, stop) * self.noise()
+        for first in range(start, stop, 2048):
+            last = min(stop, first + 2048)
+            self.gate.observe_prefill([(first, last)], seconds * (last - first) / max(1, stop - start))
+        self.clock.now += seconds
+        return seconds
+
+    def warm_up(self) -> None:
+        self.prefill(0, 8192)
+
+    def load(self, candidate: Candidate) -> tuple[int, float]:
+        """As the I/O service does it: stopped when it is seen to be slow, but what is being read is finished."""
+        ticket = self.gate.load_began(candidate)
+        seconds = self.load_s(candidate.tokens) * self.noise()
+        tokens = candidate.tokens
+        if ticket.stop_s and seconds > ticket.stop_s:
+            tokens = min(tokens, READERS * CHUNK_TOKENS)
+            seconds = self.load_s(tokens)
+        self.clock.now += seconds
+        self.gate.load_ended(ticket, tokens * TOKEN_BYTES, seconds)
+        return tokens, seconds
+
+    def request(self, start: int, stop: int) -> tuple[Verdict, float]:
+        """Verdict, and the time to the first token."""
+        hit = Candidate(start, stop, (stop - start) * TOKEN_BYTES)
+        verdict = self.gate.judge(hit, 16)
+        seconds, loaded = 0.0, 0
+        if verdict.tokens:
+            loaded, seconds = self.load(hit.leading(verdict.tokens))
+        return verdict, seconds + self.prefill(start + loaded, stop)
+
+
+hits = st.integers(0, 30_000).flatmap(lambda start: st.tuples(st.just(start), st.integers(start + 300, start + 30_000)))
+speeds = st.floats(5, 20_000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 1), st.floats(0.1, 1e4), st.floats(1e-6, 1), st.floats(0, 1e-4), hits)
+def test_no_leading_part_is_better_than_all_and_nothing(
+    latency_s: float, bytes_per_ms: float, per_token_s: float, per_pair_s: float, hit: tuple[int, int]
+) -> None:
+    start, stop = hit
+
+    def first_token_s(split: int) -> float:
+        load = latency_s + (split - start) / bytes_per_ms if split > start else 0.0
+        return load + (stop - split) * per_token_s + per_pair_s * (stop**2 - split**2) / 2
+
+    ends = min(first_token_s(start), first_token_s(stop))
+    assert all(first_token_s(split) >= ends * (1 - 1e-9) for split in range(start, stop, max(1, (stop - start) // 50)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(speeds, st.floats(0, 0.5), st.lists(hits, min_size=3, max_size=12))
+def test_what_is_predicted_to_be_slower_is_never_chosen(
+    mb_per_s: float, latency_s: float, requests: list[tuple[int, int]]
+) -> None:
+    world = World(mb_per_s, latency_s=latency_s)
+    world.warm_up()
+    for start, stop in requests:
+        hit = Candidate(start, stop, (stop - start) * TOKEN_BYTES)
+        load_s, worth_s = world.gate._load.seconds(hit.size_bytes), world.gate._prefill.seconds(start, stop)
+        verdict, _ = world.request(start, stop)
+        if verdict.reason == "faster":
+            assert load_s <= worth_s
+        elif verdict.reason == "negligible":
+            assert load_s <= NEGLIGIBLE_LOAD_S
+        elif verdict.reason != "unmeasured":
+            assert load_s > 0.8 * worth_s
+            assert verdict.tokens in (0, stop - start) or verdict.reason == "trial"
+
+
+@settings(max_examples=60, deadline=None)
+@given(speeds, st.lists(hits, min_size=2, max_size=12))
+def test_no_request_is_much_slower_than_recomputing(mb_per_s: float, requests: list[tuple[int, int]]) -> None:
+    """The first load of all may cost what is read at once; all others no more than a trial."""
+    world = World(mb_per_s)
+    world.warm_up()
+    first_chunks_s = world.load_s(READERS * CHUNK_TOKENS)
+    for number, (start, stop) in enumerate(requests):
+        recompute_s = world.prefill_s(start, stop)
+        verdict, seconds = world.request(start, stop)
+        slack_s = NEGLIGIBLE_LOAD_S if number else max(first_chunks_s, STOP_FLOOR_S)
+        if verdict.reason == "trial":
+            slack_s = max(TRIAL_SHARE * recompute_s, world.load_s(MIN_TRIAL_TOKENS + 16)) + NEGLIGIBLE_LOAD_S
+        assert seconds <= STOP_MARGIN * recompute_s + slack_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(speeds, speeds, hits)
+def test_a_faster_tier_is_not_loaded_from_less(one: float, other: float, hit: tuple[int, int]) -> None:
+    tokens = []
+    for mb_per_s in sorted((one, other)):
+        world = World(mb_per_s)
+        world.warm_up()
+        world.gate.load_ended(world.gate.load_began(Candidate(0, 1000, 100 * MB)), 100 * MB, 100 / mb_per_s)
+        world.gate._next_trial = float("inf")
+        tokens.append(world.gate.judge(Candidate(*hit, (hit[1] - hit[0]) * TOKEN_BYTES)).tokens)
+    assert tokens[0] <= tokens[1]
+
+
+def test_a_normal_tier_is_loaded_from_in_full() -> None:
+    world = World(1200)
+    verdicts = [world.request(0, stop)[0] for stop in (6000, 500, 30_000, 6000)]
+    assert [v.tokens for v in verdicts] == [6000, 500, 30_000, 6000]
+    assert {v.reason for v in verdicts} <= set(LOADS)
+
+
+def test_a_slow_tier_costs_its_first_load_alone() -> None:
+    world = World(50)
+    world.warm_up()
+    recompute_s = world.prefill_s(0, 6000)
+    assert world.load_s(6000) > 5 * recompute_s
+    verdict, seconds = world.request(0, 6000)
+    assert verdict.reason == "unmeasured"
+    assert seconds < recompute_s + world.load_s(READERS * CHUNK_TOKENS)
+    for _ in range(20):
+        verdict, seconds = world.request(0, 6000)
+        if verdict.reason == "trial":
+            assert verdict.tokens == MIN_TRIAL_TOKENS
+        else:
+            assert (verdict, seconds) == (Verdict(0, "slower"), pytest.approx(recompute_s))
+    assert world.gate.counters["gate_slower"] > 10
+
+
+def test_a_process_that_has_prefilled_nothing_yet_assumes_a_rate() -> None:
+    world = World(50)
+    stop_s = world.gate.load_began(Candidate(0, 10_000, 1000 * MB)).stop_s
+    assert STOP_MARGIN * COLD_LOAD_S < stop_s < world.load_s(10_000) / 2
+
+
+def test_one_bad_minute_is_not_for_ever() -> None:
+    world = World(2000)
+    world.warm_up()
+    for _ in range(5):
+        assert world.request(0, 6000)[0].tokens == 6000
+    world.mb_per_s = 10
+    late = sum(world.request(0, 6000)[1] - world.prefill_s(0, 6000) for _ in range(40))
+    assert late < 3 * world.load_s(READERS * CHUNK_TOKENS) + 0.1 * 40 * world.prefill_s(0, 6000)
+    assert world.request(0, 6000)[0].tokens < 6000
+    world.mb_per_s = 2000
+    began, verdict = world.clock.now, Verdict(0, "")
+    while verdict.tokens < 6000:
+        verdict, _ = world.request(0, 6000)
+        assert world.clock.now - began < 60
+    for _ in range(20):
+        assert world.request(0, 6000)[0].tokens == 6000
+
+
+def test_a_store_with_a_high_latency_is_learnt_by_trials() -> None:
+    """Small loads look slow there; what trials bring must not keep large ones away."""
+    world = World(2000, latency_s=0.3)
+    world.warm_up()
+    for _ in range(5):
+        world.request(0, 500)
+    tokens = 0
+    for _ in range(60):
+        world.clock.now += 1.0
+        tokens = world.request(0, 20_000)[0].tokens
+        if tokens == 20_000:
+            break
+    assert tokens == 20_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0.3, 3.0))
+def test_noise_does_not_make_it_flap(seed: int, ratio: float) -> None:
+    """With loads and prefills that scatter by 10%, also where both cost the same."""
+    choice = random.Random(seed)
+    world = World(1.0, quadratic_s=0.0)
+    world.mb_per_s = TOKEN_BYTES * world.tokens_per_s / MB / ratio
+    world.noise = lambda: choice.uniform(0.9, 1.1)
+    world.warm_up()
+    for _ in range(100):
+        world.request(0, 8000)
+    assert world.gate.counters["gate_flips"] <= 12
+
+
+def test_trials_take_a_small_share_of_the_time() -> None:
+    world = World(1, tokens_per_s=50_000)
+    world.warm_up()
+    world.request(0, 6000)
+    began, trial_s = world.clock.now, 0.0
+    while world.clock.now < began + 3600:
+        verdict, _ = world.request(0, 6000)
+        trial_s += world.load_s(verdict.tokens) if verdict.tokens else 0.0
+        world.clock.now += 1.0
+    assert 0 < trial_s < 2 * TRIAL_DUTY * 3600
+
+
+def test_loads_before_it_count() -> None:
+    world = World(600, quadratic_s=0.0)
+    world.warm_up()
+    world.request(0, 1000)
+    hit = Candidate(0, 5000, 500 * MB)
+    assert world.load_s(5000) < world.prefill_s(0, 5000) < 2 * world.load_s(5000)
+    assert world.gate.judge(hit).reason == "faster"
+    ticket = world.gate.load_began(hit)
+    assert world.gate.judge(hit).tokens < 5000
+    other = world.gate.load_began(hit)
+    assert (other.ahead_bytes, other.predicted_s) == (500 * MB, pytest.approx(2 * world.load_s(5000)))
+    world.gate.load_ended(ticket, 100 * MB, 0.2)
+    assert other.ahead_bytes == 100 * MB, "what was stopped was not waited for"
+
+
+def test_who_comes_during_the_first_load_waits_for_what_it_tells() -> None:
+    world = World(1000)
+    assert not world.gate.undecided
+    ticket = world.gate.load_began(Candidate(0, 1000, 100 * MB))
+    assert world.gate.undecided
+    world.clock.now += ticket.stop_s + OVERDUE_SLACK_S + 0.1
+    assert not world.gate.undecided
+    assert world.gate.judge(Candidate(0, 1000, 100 * MB)) == Verdict(0, "slower")
+    world.gate.load_ended(ticket)
+    assert world.gate.judge(Candidate(0, 1000, 100 * MB)).reason == "unmeasured"
+
+
+def test_a_load_nobody_hears_of_is_forgotten() -> None:
+    world = World(1000)
+    ticket = world.gate.load_began(Candidate(0, 1000, 100 * MB))
+    world.clock.now += ticket.stop_s + OVERDUE_SLACK_S + FORGET_LOAD_S
+    assert world.gate.judge(Candidate(0, 1000, 100 * MB)).reason == "unmeasured"
+    world.gate.load_ended(ticket, 100 * MB, 1.0)
+
+
+def test_failed_loads_tell_nothing() -> None:
+    gate = CostGate(enabled=True, clock=Clock())
+    gate.load_ended(gate.load_began(Candidate(0, 1000, 100 * MB)))
+    assert gate.judge(Candidate(0, 1000, 100 * MB)).reason == "unmeasured"
+
+
+def test_switched_off_it_loads_everything_and_counts_nothing() -> None:
+    world = World(1)
+    world.gate.enabled = False
+    world.warm_up()
+    for _ in range(3):
+        verdict, seconds = world.request(0, 6000)
+        assert verdict == Verdict(6000, "off")
+        assert seconds == pytest.approx(world.load_s(6000))
+    assert world.gate.counters.as_dict() == {}
+
+
+def test_turning_round_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(50)
+    world.warm_up()
+    with caplog.at_level("INFO", "memkv_engines"):
+        for _ in range(3):
+            world.request(0, 6000)
+    assert world.gate.counters["gate_flips"] == 1
+    assert "hits of about 6000 tokens are not loaded any more" in caplog.text
+    assert world.gate.counters["gate_declined_tokens"] == 2 * 6000
+    assert TRIAL_PAUSE_S > 0
