@@ -37,14 +37,13 @@ class Driver:
     """All sides of one stage.
 
     Args:
-        sides: Started, not waited for.
         record: Where measurements go.
         clock: When to leave out further rounds.
         say: Told how it goes.
     """
 
-    def __init__(self, sides: Iterable[Side], record: Record, clock: Clock, say: Say) -> None:
-        self._sides = {side.name: side for side in sides}
+    def __init__(self, record: Record, clock: Clock, say: Say) -> None:
+        self._sides: dict[str, Side] = {}
         self._meters: dict[str, Meter] = {}
         self._record, self._clock, self._say = record, clock, say
         self._visits = 0
@@ -52,6 +51,40 @@ class Driver:
         self._raw: RawReader | None = None
 
     # ------------------------------------------------------------------------------------------ sides that may fail
+
+    def add(self, makers: Mapping[str, Callable[[], Side]]) -> None:
+        """Starts sides; one that cannot even be started is noted."""
+        for name, make in makers.items():
+            self._record.add_side(name, "")
+            try:
+                self._sides[name] = make()
+            # Whatever an engine's start may raise: the others are not to suffer from it.
+            except Exception as error:
+                self._say(f"{name}: FAILED to start: {type(error).__name__}")
+                self._record.fail(name, "start", error)
+                continue
+            self._record.set_side(name, what=self._sides[name].what)
+
+    def join(self, name: str, make: Callable[[], Side], warm_up: Sequence[Sequence[int]]) -> None:
+        """Starts one side more, waits until it answers, and warms it up with prompts."""
+        self.add({name: make})
+        with self._or_out(name, "start"):
+            side = self._sides[name]
+            side.prepare()
+            side.wait_until_ready()
+            self._meters[name] = Meter(side.pids())
+            for prompt in warm_up:
+                side.ask([prompt], FLUSH_TOKENS)
+            self._meters[name].settle()
+            self._record.set_side(name, status="ok")
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Ends sides that are not needed any more."""
+        for name in names:
+            if name in self._sides:
+                with self._or_out(name, "its end"):
+                    self._note_end(name)
+                    self._sides.pop(name).close()
 
     def start(self, warm_up: Sequence[Sequence[int]]) -> None:
         """Waits until every side answers, and warms each up with a prompt of its own."""
@@ -73,13 +106,16 @@ class Driver:
 
     def finish(self) -> None:
         """Notes memory and what is stored, and ends all sides."""
-        for name, side in self._sides.items():
-            meter = self._meters[name]
-            self._record.set_side(name, peak_rss_bytes=meter.peak_rss_bytes, peak_pss_bytes=meter.peak_pss_bytes)
-            if not side.only_loads:
-                self._record.stored(side)
+        for name in self._sides:
+            self._note_end(name)
         self._record.save()
         self.close()
+
+    def _note_end(self, name: str) -> None:
+        side, meter = self._sides[name], self._meters[name]
+        self._record.set_side(name, peak_rss_bytes=meter.peak_rss_bytes, peak_pss_bytes=meter.peak_pss_bytes)
+        if not side.only_loads:
+            self._record.stored(side)
 
     def close(self) -> None:
         """Ends all sides."""
@@ -98,9 +134,10 @@ class Driver:
             told = str(error).splitlines()
             self._say(f"{name}: FAILED in {where}: {told[0] if told else type(error).__name__}")
             self._record.fail(name, where, error)
-            side = self._sides.pop(name)
-            with contextlib.suppress(Exception):
-                side.close()
+            side = self._sides.pop(name, None)
+            if side is not None:
+                with contextlib.suppress(Exception):
+                    side.close()
 
     # ------------------------------------------------------------------------------------------------------ visits
 
@@ -166,7 +203,13 @@ class Driver:
             self._tell(DOCUMENTS, FIRST, unit, 0)
 
     def documents_again(
-        self, documents: Mapping[str, Sequence[int]], plan: plans.Documents, number: int, names: Sequence[str]
+        self,
+        documents: Mapping[str, Sequence[int]],
+        plan: plans.Documents,
+        number: int,
+        names: Sequence[str],
+        *,
+        local_hits: bool = True,
     ) -> None:
         """Second visits by some sides, each followed by a hit in the engine's own cache; and the raw read.
 
@@ -175,6 +218,7 @@ class Driver:
             plan: Of the workload.
             number: Which round it is; the first is 1.
             names: Who is asked.
+            local_hits: Ask sides that store once more at once.
         """
         for unit, prompt in documents.items():
             for name in self.order(names):
@@ -182,7 +226,7 @@ class Driver:
                 self.forget(name)
                 if name in self._sides:
                     self.visit(name, [prompt], plan.answer_tokens, step=AGAIN, **labels)
-                if name in self._sides and self._sides[name].stores:
+                if local_hits and name in self._sides and self._sides[name].stores:
                     self.visit(name, [prompt], plan.answer_tokens, step=LOCAL, **labels)
             self._read_raw(unit, len(prompt), number)
             self._tell(DOCUMENTS, AGAIN, unit, number)

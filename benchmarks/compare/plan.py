@@ -26,8 +26,8 @@ class Documents:
         lengths: Tokens of each document, with its question.
         answer_tokens: Tokens generated for each.
         restores: Second visits to the longest documents, the first included; only by sides that store.
-        gate_rounds: Second visits to all documents, the first included, by `memkv`, the slowed-down `memkv` and a side
-            that recomputes.
+        gate_rounds: Further second visits by `memkv`, the slowed-down `memkv` and a side that recomputes: in the first
+            round to all documents, then to all but the longest.
     """
 
     lengths: tuple[int, ...]
@@ -261,6 +261,7 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
     """
     plan = profile.documents
     pass_s = sum(prefill_s(length) for length in plan.lengths)
+    short_s = sum(prefill_s(length) for length in plan.lengths if length != plan.longest)
     documents, longest = len(plan.lengths), sum(length == plan.longest for length in plan.lengths)
     recomputing = sides - storing
     found = [
@@ -268,8 +269,8 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
         _line("documents, first visits", documents * sides, pass_s * sides),
         _line(
             "documents, second visits and local hits",
-            documents * (recomputing + 2 * (storing + 1)),
-            pass_s * recomputing + documents * (storing + 1) * 2 * _RESTORE_S,
+            documents * (recomputing + 2 * storing),
+            pass_s * recomputing + documents * storing * 2 * _RESTORE_S,
         ),
         _line(
             "more restores of the longest",
@@ -277,10 +278,9 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
             (plan.restores - 1) * longest * storing * 2 * _RESTORE_S,
         ),
         _line(
-            "more hits against recomputing, short documents",
-            (plan.gate_rounds - 1) * (documents - longest) * 3,
-            (plan.gate_rounds - 1)
-            * sum(prefill_s(length) + 3 * _RESTORE_S for length in plan.lengths if length != plan.longest),
+            "hits against recomputing, a fast and a slow tier",
+            3 * (documents + (plan.gate_rounds - 1) * (documents - longest)),
+            pass_s + (plan.gate_rounds - 1) * short_s + 4 * _RESTORE_S * plan.gate_rounds * documents,
         ),
     ]
     if profile.only_documents:

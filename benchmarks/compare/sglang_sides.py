@@ -43,7 +43,7 @@ class SglangSide(Side):
     ) -> None:
         self.name, self.what, self.folder = name, DESCRIPTIONS[name], folder
         self._model, self._log, self._light = model, log, light
-        self._arguments = {**storage_arguments(name, folder), **arguments}
+        self._arguments = {**storage_arguments(name, folder, "off" if light else "on"), **arguments}
         # An engine ends with the thread that started it. A forked one is started by the main thread instead.
         self._starter = ThreadPoolExecutor(1)
         self._starting: Future[Engine] | None = None if light else self._starter.submit(self._start)
@@ -104,12 +104,12 @@ class SglangSide(Side):
         return self._engine
 
 
-def storage_arguments(name: str, folder: Path | None) -> dict[str, Any]:
+def storage_arguments(name: str, folder: Path | None, cost_gate: str) -> dict[str, Any]:
     """Returns the engine's arguments for one kind of storage."""
     if folder is None:
         return {}
     if name == FILE:
         return hicache("file", file_storage_path=str(folder))
     if name == LINKER:
-        return linker(folder)
-    return hicache("dynamic", **memkv_extra(folder))
+        return linker(folder, cost_gate=cost_gate)
+    return hicache("dynamic", **memkv_extra(folder, cost_gate=cost_gate))

@@ -13,8 +13,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ from benchmarks.compare.names import (
     THROTTLED,
     VLLM_SIDES,
 )
-from benchmarks.compare.plan import PROFILES, RANDOM_335M, Documents, Profile
+from benchmarks.compare.plan import PROFILES, RANDOM_335M, Profile
 from benchmarks.compare.prompts import Corpus, prefix_repetition, rag
 from benchmarks.compare.record import Record
-from benchmarks.compare.side import Side, SideFailed
+from benchmarks.compare.side import Side
 from benchmarks.demo_sglang import Say as Clocked
 from tests.environments.engine_env import ROOT
 
@@ -44,11 +45,40 @@ LOGS = ROOT / "build" / "logs"
 WARM_UP_TOKENS = 256
 # Rounds of second visits that judgements cannot do without; the others wait until all workloads were run.
 NEEDED_ROUNDS = 2
+# Rounds with a name of their own, so that no visit of these is taken for one of the others.
+FIRST_GATE_ROUND = 101
 PACKAGES = ("vllm", "sglang", "lmcache", "torch", "transformers")
 
 
-def vllm_sides(profile: Profile, names: Sequence[str], model: Path, scratch: Path, record: Record) -> list[Side]:
-    """Starts vLLM's contestants; one that cannot even be started is noted."""
+Make = Callable[[], Side]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What goes with a run of a stage.
+
+    Attributes:
+        record: Where notes go.
+        clock: When to leave out what can be left out.
+        say: Told how it goes.
+        late_sides: Sides that start when others are done, and what starts them.
+    """
+
+    record: Record
+    clock: Clock
+    say: Say
+    late_sides: tuple[tuple[str, Make], ...] = ()
+
+    def is_late(self, what: str) -> bool:
+        """Tells whether the time is up, and notes what is left out for it."""
+        late = self.clock.is_late()
+        if late:
+            self.record.note(f"out of time: without {what}")
+        return late
+
+
+def vllm_makers(profile: Profile, model: Path, scratch: Path) -> dict[str, Make]:
+    """Returns what starts vLLM's contestants."""
     from benchmarks.compare import vllm_sides as sides
     from benchmarks.engine_run import EngineSpec
 
@@ -79,6 +109,8 @@ def vllm_sides(profile: Profile, names: Sequence[str], model: Path, scratch: Pat
     def lmcache(name: str, adapter_of: Callable[[Path], dict[str, Any]]) -> Side:
         return sides.LMCacheSide(name, spec(), adapter_of(folder(name)), folder(name), log_of(name), dram_bytes)
 
+    # A light engine may recompute a short prompt faster than a busy machine loads it; there, loading is what is tested.
+    cost_gate = "off" if profile.light else "on"
     dram_bytes = profile.dram_tier_bytes
     makers = {
         NO_CACHE: lambda: sides.VllmSide(NO_CACHE, spec(prefix_caching=False), None, log_of(NO_CACHE)),
@@ -86,17 +118,17 @@ def vllm_sides(profile: Profile, names: Sequence[str], model: Path, scratch: Pat
         NATIVE: lambda: sides.NativeSide(spec(), folder(NATIVE), log_of(NATIVE), dram_bytes),
         LMCACHE_FS: lambda: lmcache(LMCACHE_FS, sides.fs_adapter),
         LMCACHE_MEMKV: lambda: lmcache(LMCACHE_MEMKV, sides.memkv_adapter),
-        MEMKV: lambda: sides.MemKVSide(spec(), folder(MEMKV), log_of(MEMKV)),
-        THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED)),
+        MEMKV: lambda: sides.MemKVSide(spec(), folder(MEMKV), log_of(MEMKV), cost_gate),
+        THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED), cost_gate),
     }
     # LMCache's servers must be up before their engines can start: they go first.
-    first = [name for name in (LMCACHE_FS, LMCACHE_MEMKV) if name in names]
+    first = [LMCACHE_FS, LMCACHE_MEMKV]
     order = [*first, *(name for name in makers if name not in first)]
-    return _made({name: makers[name] for name in order}, names, record)
+    return {name: makers[name] for name in order}
 
 
-def sglang_sides(profile: Profile, names: Sequence[str], model: Path, scratch: Path, record: Record) -> list[Side]:
-    """Starts SGLang's contestants."""
+def sglang_makers(profile: Profile, scratch: Path) -> dict[str, Make]:
+    """Returns what starts SGLang's contestants."""
     from benchmarks.compare import sglang_sides as sides
 
     arguments = {
@@ -117,7 +149,7 @@ def sglang_sides(profile: Profile, names: Sequence[str], model: Path, scratch: P
         kind = "tiny-sg-llama" if profile.light else profile.model
         return sides.SglangSide(name, kind, arguments, folder, log_of(name), light=profile.light)
 
-    return _made({name: (lambda name=name: make(name)) for name in SGLANG_SIDES}, names, record)
+    return {name: partial(make, name) for name in SGLANG_SIDES}
 
 
 def file_name(name: str) -> str:
@@ -130,42 +162,55 @@ def log_of(name: str) -> Path:
     return LOGS / f"compare-{file_name(name)}.log"
 
 
-def _made(makers: dict[str, Any], names: Sequence[str], record: Record) -> list[Side]:
-    found = []
-    for name, make in makers.items():
-        if name not in names:
-            continue
-        record.add_side(name, "")
-        try:
-            side = make()
-        except (SideFailed, RuntimeError, OSError) as error:
-            record.fail(name, "start", error)
-            continue
-        record.set_side(name, what=side.what)
-        found.append(side)
-    record.save()
-    return found
-
-
-def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, clock: Clock, record: Record, say: Say) -> None:
+def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, run: Run) -> None:
     """All workloads in vLLM: what is needed first, more rounds of it while there is time."""
     plan = profile.documents
     driver.start([corpus.take(min(WARM_UP_TOKENS, profile.max_model_len // 2)) for _ in VLLM_SIDES])
     documents = {
         f"document {number}, {length} tokens": corpus.take(length) for number, length in enumerate(plan.lengths, 1)
     }
-    say("documents: first visits")
+    longest = {unit: prompt for unit, prompt in documents.items() if len(prompt) == plan.longest}
+    run.say("documents: first visits")
     driver.documents_first(documents, plan, MEMKV, profile.block_size)
-    say("documents: second visits")
+    run.say("documents: second visits")
     driver.documents_again(documents, plan, 1, driver.all_sides())
-    more_visits(driver, plan, documents, range(2, NEEDED_ROUNDS + 1), say)
+    for number in range(2, NEEDED_ROUNDS + 1):
+        run.say(f"documents: round {number} of restores")
+        driver.documents_again(longest, plan, number, driver.storing())
     if not profile.only_documents:
-        other_workloads(driver, profile, corpus, say)
-    for number in range(NEEDED_ROUNDS + 1, max(plan.restores, plan.gate_rounds) + 1):
-        if clock.is_late():
-            record.note(f"documents: out of time before round {number} of second visits")
+        other_workloads(driver, profile, corpus, run.say)
+    hits_against_recomputing(driver, profile, documents, corpus, run)
+    for number in range(NEEDED_ROUNDS + 1, plan.restores + 1):
+        if run.is_late(f"documents: restores from round {number} on"):
             break
-        more_visits(driver, plan, documents, [number], say)
+        run.say(f"documents: round {number} of restores")
+        driver.documents_again(longest, plan, number, driver.storing())
+
+
+def hits_against_recomputing(
+    driver: Driver, profile: Profile, documents: Mapping[str, Sequence[int]], corpus: Corpus, run: Run
+) -> None:
+    """Hits on documents of every length in turns with recomputing them, from a fast tier and from a slow one.
+
+    The slow one comes late, in place of sides that are done: what all need at once is the most memory there is.
+    """
+    plan = profile.documents
+    if run.late_sides:
+        # Both have been asked for everything, but for more restores by the second.
+        driver.retire([NO_CACHE, LMCACHE_MEMKV])
+    for name, make in run.late_sides:
+        run.say("the slow tier's engine starts")
+        # Its cost gate knows what prefill costs from prompts that it computes first.
+        lengths = sorted(set(plan.lengths))[:-1] or plan.lengths
+        driver.join(name, make, [corpus.take(length) for length in lengths])
+    sides = [PREFIX_CACHE, MEMKV, THROTTLED]
+    for number in range(plan.gate_rounds):
+        if number >= NEEDED_ROUNDS and run.is_late(f"documents: hits against recomputing from round {number + 1} on"):
+            break
+        run.say(f"documents: round {number + 1} of hits against recomputing")
+        # Recomputing the longest takes longest, and there the answer is clearest.
+        asked = documents if not number else {u: p for u, p in documents.items() if len(p) < plan.longest}
+        driver.documents_again(asked, plan, FIRST_GATE_ROUND + number, sides, local_hits=False)
 
 
 def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) -> None:
@@ -197,20 +242,6 @@ def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) 
         prompts=two.prompts,
     )
     driver.requests(REPETITION, prompts, two.together, two.answer_tokens)
-
-
-def more_visits(
-    driver: Driver, plan: Documents, documents: Mapping[str, Sequence[int]], rounds: Iterable[int], say: Say
-) -> None:
-    """Further rounds: restores of the longest documents, and hits on all others against recomputing them."""
-    longest = {unit: prompt for unit, prompt in documents.items() if len(prompt) == plan.longest}
-    shorter = {unit: prompt for unit, prompt in documents.items() if len(prompt) < plan.longest}
-    for number in rounds:
-        say(f"documents: round {number} of second visits")
-        if number <= plan.restores:
-            driver.documents_again(longest, plan, number, driver.storing())
-        if number <= plan.gate_rounds:
-            driver.documents_again(shorter, plan, number, [PREFIX_CACHE, MEMKV, THROTTLED])
 
 
 def run_sglang(driver: Driver, profile: Profile, corpus: Corpus, say: Say) -> None:
@@ -270,11 +301,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     driver: Driver | None = None
     try:
         model = model_of(parsed.stage, profile)
-        make = vllm_sides if is_vllm else sglang_sides
+        makers = vllm_makers(profile, model, scratch) if is_vllm else sglang_makers(profile, scratch)
         clock = Clock(profile.vllm_minutes if is_vllm else profile.sglang_minutes)
-        driver = Driver(make(profile, names, model, scratch, record), record, clock, say)
+        driver = Driver(record, clock, say)
+        driver.add({name: make for name, make in makers.items() if name in names and name != THROTTLED})
+        late = {name: makers[name] for name in names if name == THROTTLED}
+        run = Run(record, clock, say, tuple(late.items()))
         if is_vllm:
-            run_vllm(driver, profile, Corpus(model), clock, record, say)
+            run_vllm(driver, profile, Corpus(model), run)
         else:
             run_sglang(driver, profile, Corpus(model), say)
         record.body["environment"]["stolen_share"] = harness.stolen_share(ticks, harness.cpu_ticks())

@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
 from benchmarks.compare.lmcache_server import LMCacheServer
 from benchmarks.compare.names import LMCACHE_FS, LMCACHE_MEMKV, MEMKV, NATIVE, NO_CACHE, PREFIX_CACHE, THROTTLED
 from benchmarks.compare.side import Reply, Result, Side, SideFailed
 from benchmarks.engine_run import Engine, EngineFailed, EngineSpec
 from tests.environments.engine_env import ROOT
-from tests.faults.control import DELAY, READ, Fault, Injector
+from tests.faults.control import Injector, throttle
 
-THROTTLE_BYTES_PER_S = 50_000_000
+THROTTLE_MB_PER_S = 50
 LMCACHE_PYTHON = ROOT / ".venvs" / "lmcache" / "bin" / "python"
 # The longest prefill under any load, with room.
 ANSWER_TIMEOUT_S = 300.0
@@ -106,8 +105,9 @@ class NativeSide(VllmSide):
 class MemKVSide(VllmSide):
     """Ours."""
 
-    def __init__(self, spec: EngineSpec, folder: Path, log: Path) -> None:
-        super().__init__(MEMKV, replace(spec, connector={"path": str(folder)}), folder, log)
+    def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
+        connector = {"path": str(folder), "cost_gate": cost_gate}
+        super().__init__(MEMKV, replace(spec, connector=connector), folder, log)
 
 
 class ThrottledSide(VllmSide):
@@ -115,32 +115,25 @@ class ThrottledSide(VllmSide):
 
     only_loads = True
 
-    def __init__(self, spec: EngineSpec, folder: Path, log: Path) -> None:
+    def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
         self._injector = Injector(folder)
         environment = {**spec.environment, **self._injector.environment()}
-        # One read at a time, so that what each is delayed by is the rate of all.
-        connector = {"path": str(folder), "store": False, "io_threads": 2}
+        connector = {"path": str(folder), "store": False, "cost_gate": cost_gate}
         try:
             super().__init__(THROTTLED, replace(spec, connector=connector, environment=environment), folder, log)
         except BaseException:
             self._injector.close()
             raise
 
-    def forget(self) -> None:
-        """See `Side`; the delay fits the chunks that are there by now."""
-        super().forget()
-        self._injector.arm(slow_reads([path.stat().st_size for path in self.files()]))
+    def wait_until_ready(self) -> None:
+        """See `Side`; only what comes after its start is slow."""
+        super().wait_until_ready()
+        self._injector.arm(throttle(THROTTLE_MB_PER_S))
 
     def close(self) -> None:
         """See `Side`."""
         super().close()
         self._injector.close()
-
-
-def slow_reads(sizes: Sequence[int]) -> Fault:
-    """Returns reads that come to `THROTTLE_BYTES_PER_S`, one at a time, for files of these sizes."""
-    delay_ms = round(1000 * harness.median(sizes) / THROTTLE_BYTES_PER_S) if sizes else 0
-    return Fault("slow device", DELAY, READ, delay_ms=delay_ms)
 
 
 def fs_adapter(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -288,22 +289,30 @@ def test_the_files_of_proc_are_read() -> None:
     assert side.stat_fields("7 (a ) b) S 1 2 3\n") == ["S", "1", "2", "3"]
 
 
+BUSY = "import time\nwhile time.process_time() < 0.3: pass\ninput()"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_meter_counts_the_tree_and_keeps_what_has_ended(tmp_path: Path) -> None:
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); input()"
-    child = f"open({str(tmp_path / 'x')!r}, 'wb').write(bytes(1 << 20)); sum(range(3_000_000)); input()"
+    child = f"open({str(tmp_path / 'x')!r}, 'wb').write(bytes(1 << 20))\n" + BUSY
     process = subprocess.Popen([sys.executable, "-c", program, child], stdin=subprocess.PIPE, start_new_session=True)
     assert process.stdin is not None
     try:
         meter = side.Meter([process.pid])
-        while len(side.tree_of([process.pid])) < 2 or meter.usage().cpu_s < 0.1:
-            assert process.poll() is None
+        wait_for(lambda: len(side.tree_of([process.pid])) == 2 and meter.usage().cpu_s > 0.2)
         before = meter.usage()
         meter.read_memory()
         assert meter.peak_rss_bytes > meter.peak_pss_bytes > 0
         process.stdin.write(b"\n")
         process.stdin.flush()
-        while len(side.tree_of([process.pid])) > 1:
-            assert process.poll() is None
+        wait_for(lambda: len(side.tree_of([process.pid])) == 1)
         assert meter.usage().cpu_s >= before.cpu_s
         assert meter.usage().since(before).cpu_s < 5
         assert side.tree_of([os.getpid()])[0] > 0

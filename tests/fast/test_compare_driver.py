@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,17 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side, "SETTLE_TIMEOUT_S", 0.0)
 
 
+def started(one: FakeSide) -> FakeSide:
+    """What starts a side."""
+    one._may_fail("making")
+    return one
+
+
 def run_all(sides: Sequence[FakeSide], path: Path, minutes: float = 1.0) -> dict[str, Any]:
     """Runs what a stage runs; returns what is in the file."""
     record = Record(path, {})
-    for one in sides:
-        record.add_side(one.name, one.what)
-    driver = Driver(sides, record, Clock(minutes), lambda line: None)
+    driver = Driver(record, Clock(minutes), lambda line: None)
+    driver.add({one.name: partial(started, one) for one in sides})
     corpus: Any = Corpus()
     driver.start([corpus.take(3) for _ in sides])
     documents = {f"document {number}": corpus.take(length) for number, length in enumerate(DOCUMENTS_PLAN.lengths)}
@@ -131,7 +137,7 @@ def test_a_side_that_fails_leaves_the_others_alone(tmp_path: Path, fails_at: str
         ]
     told = body["sides"]["bad"]
     assert told["status"] == "failed" and f"died in {fails_at}" in told["error"]
-    assert bad.closed == 1
+    assert bad.closed == (fails_at != "making")
     assert len(list(batches_of(body["batches"], side="bad"))) == max(0, len(bad.asked) - 1)
 
 
@@ -146,3 +152,21 @@ def test_out_of_time_the_first_round_is_run_and_the_rest_noted(tmp_path: Path) -
     assert {batch["round"] for batch in batches_of(body["batches"], workload=CONVERSATIONS)} == {1}
     assert any("before round 2 of 2" in note for note in body["notes"])
     assert len(list(batches_of(body["batches"], workload=DOCUMENTS, step=AGAIN))) == 3
+
+
+def test_sides_may_go_and_come(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record.json", {})
+    driver = Driver(record, Clock(1.0), lambda line: None)
+    early, late = FakeSide("early", tmp_path), FakeSide("late", tmp_path)
+    driver.add({"early": lambda: early})
+    driver.start([[1]])
+    driver.retire(["early", "nobody"])
+    assert early.closed == 1 and driver.all_sides() == []
+    driver.join("late", lambda: late, [[1, 2], [3]])
+    driver.join("bad", partial(started, FakeSide("bad", None, fails_at="making")), [[1]])
+    assert driver.all_sides() == ["late"] and late.asked == [[[1, 2]], [[3]]]
+    driver.finish()
+    assert {name: one["status"] for name, one in record.body["sides"].items()} == {
+        "early": "ok", "late": "ok", "bad": "failed",
+    }  # fmt: skip
+    assert all("stored_files" in record.body["sides"][name] for name in ("early", "late"))
