@@ -188,9 +188,21 @@ class Engine:
         """The process that has all others of the engine as descendants, in a session of its own."""
         return self._process.pid
 
-    def reset_prefix_cache(self, *, connector: bool = False) -> None:
-        """Makes the engine forget its local prefix cache, and with `connector` what its connector forgets then."""
-        if not self._call("reset_prefix_cache", connector=connector)["done"]:
+    def try_reset_prefix_cache(self, *, connector: bool = False) -> bool:
+        """Makes the engine forget its local prefix cache, and with `connector` what its connector forgets then.
+
+        Returns:
+            Whether it did; it refuses while blocks are in use, also by stores of requests that were answered.
+        """
+        return bool(self._call("reset_prefix_cache", connector=connector)["done"])
+
+    def reset_prefix_cache(self) -> None:
+        """Makes the engine forget its local prefix cache, and only that.
+
+        Raises:
+            EngineFailed: It refused.
+        """
+        if not self.try_reset_prefix_cache():
             raise EngineFailed("the engine refused to reset its prefix cache: requests are still running")
 
     def metrics(self) -> dict[str, float]:
