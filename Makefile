@@ -10,8 +10,8 @@ DEVICE := .venvs/device/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test faults lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device env-lmcache clean \
-	kernels test-kernels sass-table test-gpu bench-gpu
+.PHONY: help demo demo-sglang test faults lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
+	compare bench-recompute-tax env-lmcache kernels test-kernels sass-table test-gpu bench-gpu
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,15 @@ bench-vllm: env-vllm ## time to first token in vLLM: recompute against restore
 bench-sglang: env-sglang ## conversations in SGLang: no storage, its own file backend, ours (about 12 minutes)
 	@$(SGLANG) -m tests.environments.models smollm2
 	@$(SGLANG) -m benchmarks.bench_sglang $(ARGS)
+
+compare: env-dev env-vllm env-sglang env-lmcache ## peers in one run: vLLM, SGLang and LMCache's own, and ours; writes benchmarks/RESULTS.md (about 25 minutes)
+	@$(VLLM) tests/environments/models.py smollm2
+	@$(SGLANG) -m tests.environments.models smollm2
+	@$(DEV) -m benchmarks.compare $(ARGS)
+
+bench-recompute-tax: env-vllm ## what share of prefill goes to tokens computed before, with and without us (about 5 minutes)
+	@$(VLLM) tests/environments/models.py smollm2
+	@$(VLLM) -m benchmarks.bench_recompute_tax $(ARGS)
 
 env-dev:
 	@$(PYTHON) tests/environments/build.py dev

@@ -122,7 +122,7 @@ GATES = (
     ),
     Gate(
         name="benchmarks",
-        proves="the demo and the vLLM benchmark still run (tiny; they judge nothing)",
+        proves="the demo, the vLLM benchmarks and the comparison still run (tiny; they judge nothing)",
         budget_s=900,
         environment="vllm",
         tests="tests/engines/benchmarks",
