@@ -10,7 +10,7 @@ DEVICE := .venvs/device/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test faults lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
+.PHONY: help demo demo-sglang test faults trust lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
 	compare bench-recompute-tax env-lmcache kernels test-kernels sass-table test-gpu bench-gpu
 
 help: ## show this list
@@ -31,6 +31,14 @@ faults: env-dev env-vllm env-sglang ## every fault against every door, at length
 	@$(VLLM) -m tests.environments.models tiny-llama
 	@$(SGLANG) -m tests.environments.sglang_models tiny-sg-llama
 	@$(DEV) -m tests.faults $(ARGS)
+
+trust: env-dev env-vllm env-sglang ## contention, hostile inputs, capacity, tenants, at length; build/*.json (two hours)
+	@$(VLLM) -m tests.environments.models tiny-llama
+	@$(SGLANG) -m tests.environments.sglang_models tiny-sg-llama
+	@$(DEV) -m tests.trust.hostile
+	@$(DEV) -m tests.trust.capacity
+	@$(DEV) -m tests.trust.tenants
+	@$(VLLM) -m tests.trust.contention
 
 test-kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
 	@$(DEVICE) -m pytest tests/kernels $(ARGS)

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tests.engines.vllm.scenario import Reports, Step, play, start
+from tests.engines.vllm.scenario import LONG_TIMEOUT_S, Reports, Step, play, start
 from tests.trust import report
 
 MODEL = "tiny-llama"
@@ -69,7 +69,7 @@ def one_engine(variant: Variant, rounds: int, seed: int) -> dict[str, Any]:
     engine = {
         "block_size": variant.block_tokens,
         "kv_cache_memory_bytes": variant.pages * variant.block_tokens * KV_BYTES_PER_TOKEN,
-        "max_model_len": 1024,
+        "max_model_len": 768,
         "max_num_batched_tokens": 512,
         "max_num_seqs": 10,
     }
@@ -82,10 +82,12 @@ def one_engine(variant: Variant, rounds: int, seed: int) -> dict[str, Any]:
                 start(MODEL, tier, engine=engine, **variant.extra) | variant.start,
                 *variant.after,
                 {"do": "contend", "name": "rounds", "rounds": rounds, "seed": seed, "trace": str(trace)},
+                timeout_s=LONG_TIMEOUT_S,
             )
             compared = play(
                 start(MODEL, engine={**CLEAN, "block_size": variant.block_tokens}),
                 {"do": "recompute", "name": "compared", "tier": str(tier), "trace": str(trace)},
+                timeout_s=LONG_TIMEOUT_S,
             )
         except AssertionError as error:
             return {"engines": 1, "dead_engines": 1, "notes": [str(error)[-2000:]]}

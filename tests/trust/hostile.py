@@ -3,9 +3,9 @@
     .venvs/dev/bin/python -m tests.trust.hostile                                 # 1,000,000 inputs and more
     .venvs/dev/bin/python -m tests.trust.hostile --targets "chunk" --inputs 50000 --seed 9
 
-The parsers are in `parsers.py`. Where `atheris` can be imported (pip install atheris), inputs are mutated by libFuzzer,
-guided by the coverage of this package; else by this module, guided by what came out. Every second input is repaired, so
-that it passes the first checks. Each target runs in a process of its own, with a bound on the memory it may take (1
+What is tried is in `targets.py`. Where `atheris` can be imported (pip install atheris), libFuzzer mutates inputs,
+guided by the coverage of this package; else this module does, guided by what came out. Every second input is repaired,
+so that it passes the first checks. Each target runs in a process of its own, with a bound on the memory it may take (1
 GiB) and on the time of an input (10 s).
 
 Writes build/hostile.json; inputs that broke something are in build/hostile/. Exit status 0: so many inputs, no crash,
@@ -56,7 +56,7 @@ class Session:
 
     def __init__(self, name: str) -> None:
         # Not before atheris has begun to look at what is imported.
-        from tests.trust.parsers import TARGETS
+        from tests.trust.targets import TARGETS
 
         self.target = TARGETS[name]
         self.inputs = self.accepted = 0
@@ -258,7 +258,7 @@ def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def played(names: Sequence[str], inputs: int, seed: int, engine: str) -> dict[str, dict[str, Any]]:
     """All targets; the inputs are shared out."""
-    from tests.trust.parsers import TARGETS
+    from tests.trust.targets import TARGETS
 
     shares = {name: TARGETS[name].share for name in names}
     counts = {name: -(-int(inputs * share) // int(sum(shares.values()))) for name, share in shares.items()}
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bound_memory()
         answer.write_text(json.dumps(play_plain(name, options.inputs, options.seed)))
         return 0
-    from tests.trust.parsers import TARGETS
+    from tests.trust.targets import TARGETS
 
     unknown = [name for name in options.targets if name not in TARGETS]
     if unknown or options.inputs < 1:

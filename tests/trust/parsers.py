@@ -1,8 +1,7 @@
-"""Everything that parses bytes which others may have written, as functions of bytes, for `hostile.py`.
+"""Everything that parses bytes which others may have written, as functions of bytes, for `targets.py`.
 
-A target's `parse` raises one of the target's own `errors`, or returns a text that tells how far it came; anything else
-is a crash. Its `repair` puts right what would stop a mutated input at the door (a digest, a magic, a length), so that
-what lies behind meets hostile bytes as well.
+A parser returns a text that tells how far it came, or raises. What repairs an input (`reseal_...`, `reframe`) puts
+right what would stop it at the door, a digest, a magic or a length, so that what lies behind meets hostile bytes too.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import queue
 import socket
 import struct
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,12 +31,10 @@ from memkv_engines.cli.doctor.finding import Host
 from memkv_engines.cli.patch import diff
 from memkv_engines.errors import (
     ChunkError,
-    ChunkForeign,
     ConfigError,
     IdentityError,
     IoServiceError,
     PatchError,
-    TierError,
 )
 from memkv_engines.keys import ChunkName, Namespace, namespace_folder_of
 from memkv_engines.offload import messages
@@ -52,32 +47,11 @@ from memkv_engines.tier.directory import DirectoryTier
 from memkv_engines.transports import nixl_install, topology
 from memkv_engines.transports.posix import BUFFERED, ModeReport
 from tests.fast.io_samples import BLOCKS_PER_CHUNK, block_outermost, make_run, make_store
-from tests.fast.samples import NAMESPACE, SHARD, chain, make_chunk, make_name
+from tests.fast.samples import NAMESPACE, SHARD, chain, make_chunk
 
 logging.getLogger("memkv_engines").setLevel(logging.CRITICAL)
 
 MEMORY = Path("/dev/shm")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One parser.
-
-    Attributes:
-        name: what it reads.
-        parse: reads it.
-        errors: what it may raise; those are misses and refusals.
-        seeds: well-formed inputs to begin with.
-        repair: makes a mutated input pass the first checks.
-        share: of the inputs that a target of share 1 gets, for those that are slow.
-    """
-
-    name: str
-    parse: Callable[[bytes], str]
-    errors: tuple[type[Exception], ...]
-    seeds: tuple[bytes, ...]
-    repair: Callable[[bytes], bytes] = bytes
-    share: float = 1.0
 
 
 @cache
@@ -421,88 +395,3 @@ def parse_machine(data: bytes) -> str:
     near = topology.distance(topology.PciDevice("a", lines[0]), topology.PciDevice("b", lines[-1], 1))
     usable = nixl_install.why_unusable(text)[:14]
     return f"{cores} {kind[:6]} {found} {worst is None} {near} {usable}"
-
-
-CHUNK_NAMES = tuple(make_name(count, prompt).text.encode() for count, prompt in ((4, "a"), (900, "b")))
-PATCH = (
-    b"A patch\n\n--- a/vllm/x.py\n+++ b/vllm/x.py\n@@ -1,3 +1,4 @@\n one\n-two\n+TWO\n+more\n three\n"
-    b"@@ -7,2 +8,2 @@\n seven\n-eight\n+EIGHT\n\\ No newline at end of file\n\0one\ntwo\nthree\n4\n5\n6\nseven\neight\n"
-)
-MACHINE = (
-    b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n29 22 0:25 / /a\\040b rw - nfs4 host:/x rw,vers=4.2\n",
-    b"\x1b[4mGPU0 GPU1 NIC0 mlx5_0 CPU Affinity\x1b[0m\nGPU0  X  NV18 PIX SYS 0-31\nGPU1 NV18 X PXB NODE 0-31\n",
-    b"/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/nvme/nvme0\n/sys/devices/pci0000:00/0000:00:01.0/0000:02:00.0",
-    b'150000 100000 [never] madvise "allow_compat_mode" : true',
-    b"1.5.0rc2+cu12",
-    b"1" * 5000,
-    "\N{SUPERSCRIPT TWO} 5".encode(),
-)
-YAML = (
-    b"path: /nvme/kv\ncapacity_bytes: 10_000\ndirect_io: on\nhit_ttl_s: 6e2\nstore: no\n",
-    b"path: [/nvme0/kv, /nvme1/kv]\ntenant: 2020-01-02\nweights_id: 0x1F\nload: 1:30\n",
-    b"a: &a [1, 2]\nb: &b [*a, *a]\ntenant: *b\n? [x, y]\n: !!binary aGk=\n",
-)
-# What PyYAML answers with an error of Python's; and a few lines that nest a list a million times.
-HARD_YAML = (
-    b"tenant: 2020-13-45\n",
-    b"[" * 5000,
-    b"- " * 5000,
-    b"capacity_bytes: 1" + b"0" * 5000,
-    b"tenant: !!timestamp x\n",
-    b"tenant: !!int ''\n",
-    b"store: !!bool x\n",
-    b"hit_ttl_s: 1" + b":1" * 3000 + b".0\n",
-    b"tenant: [&a [x, x, x, x, x, x, x, x], "
-    + b", ".join(b"&%c [%s]" % (98 + i, b", ".join([b"*%c" % (97 + i)] * 8)) for i in range(8))
-    + b"]\n",
-)
-HARD_REQUESTS = tuple(
-    messages.encode(messages.Manifest(text)) for text in (b"[" * 100_000, b'{"a":' + b"[" * 990 + b"]" * 990 + b"}")
-)
-JSON_CONFIG = (
-    b'{"path": "/kv", "capacity_bytes": 1e9, "eviction": "lru", "store": true, "hit_ttl_s": 0.5, "tenant": "t"}',
-    b'{"path": ["/a", "/b"], "io_threads": "0x10", "load": "off", "pth": null, "miss_ttl_s": NaN}',
-)
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("chunk", parse_chunk, (ChunkError,), chunk_seeds(), reseal_header),
-        Target(
-            "chunk name", parse_name, (ChunkForeign,), (make_name().text.encode(), make_name(900, "b").text.encode())
-        ),
-        Target("names of folders", parse_folder, (), (NAMESPACE.folder.encode(), b"0af", *CHUNK_NAMES)),
-        Target("manifest", parse_manifest, (ChunkForeign,), (NAMESPACE.canonical_json, b'{"tenant": "t"}', b"[[[]]]")),
-        Target("namespace", parse_namespace, (IdentityError,), (NAMESPACE.canonical_json, b'{"a": [1, {"b": null}]}')),
-        Target(
-            "policy",
-            parse_policy,
-            (ConfigError,),
-            (b'{"pinned": true, "priority": -5, "ttl_s": 60, "version": 1}', b"{}"),
-        ),
-        Target("quotas", parse_quotas, (ConfigError,), (b'{"tenants": {"a": 1, "": 5000000}, "version": 1}', b"{}")),
-        Target("usage file", parse_usage, (TierError, ChunkForeign), (reseal_usage(bytes(24)),), reseal_usage),
-        Target("drive id", parse_drive, (), (b"0123456789abcdef" * 2, b"01 23456789abcdef0123 456789abcd")),
-        Target("key file", parse_key, (ConfigError,), (bytes(range(32)).hex().encode() + b"\n", b"0" * 64)),
-        Target("configuration file", parse_config_file, (ConfigError,), (*YAML, *HARD_YAML), share=0.5),
-        Target("configuration values", parse_config_values, (ConfigError,), JSON_CONFIG),
-        Target("messages", parse_messages, (IoServiceError,), tuple(map(messages.encode, (*REQUESTS, *REPLIES)))),
-        Target(
-            "channel frames",
-            parse_frames,
-            (),
-            (reframe(b"\x05" + bytes(range(40))), struct.pack("<I", 1 << 30) + b"x"),
-            reframe,
-            share=0.25,
-        ),
-        Target(
-            "requests, served",
-            parse_request_and_serve,
-            (IoServiceError,),
-            (*map(messages.encode, REQUESTS[1:5]), *HARD_REQUESTS),
-            share=0.05,
-        ),
-        Target("patch", parse_patch, (PatchError,), (PATCH,)),
-        Target("machine", parse_machine, (), MACHINE),
-    )
-}
