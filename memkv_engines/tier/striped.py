@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import heapq
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ log = get_logger(__name__)
 
 ID_FILE = ".drive"
 _ID_HEX = 32
+_ID = re.compile(rb"[0-9a-fA-F]{%d}" % _ID_HEX)
 
 
 @dataclass
@@ -289,11 +291,9 @@ def drive_seed(path: str, *, may_write: bool) -> int:
 def _read_id(dir_fd: int) -> str | None:
     try:
         data = read_record(dir_fd, ID_FILE, _ID_HEX)
-        text = data.decode("ascii") if data is not None else ""
-        bytes.fromhex(text)
-    except (ChunkForeign, ValueError):
+    except ChunkForeign:
         return None
-    return text if len(text) == _ID_HEX else None
+    return data.decode("ascii") if data is not None and _ID.fullmatch(data) else None
 
 
 def _make_id(dir_fd: int) -> None:

@@ -114,6 +114,21 @@ def worker_model(depth: int = 1) -> Any | None:
     return None
 
 
+def deciding_transfer_config(vllm_config: Any, depth: int = 1) -> Any:
+    """The configuration whose ``kv_load_failure_policy`` the scheduler goes by.
+
+    ``MultiConnector`` gives each connector below it a copy; its own is in its constructor, up the stack while they are
+    made.
+    """
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        outer = frame.f_locals.get("vllm_config")
+        if outer is not None and type(frame.f_locals.get("self")).__name__ == "MultiConnector":
+            return outer.kv_transfer_config
+        frame = frame.f_back
+    return vllm_config.kv_transfer_config
+
+
 def sleeps(vllm_config: Any) -> bool:
     """Whether the engine may unmap its KV cache (sleep mode, and discarding the cache alone).
 

@@ -21,7 +21,7 @@ from memkv_engines.offload.client import LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient
 from memkv_engines.offload.job_client import JobClient
-from memkv_engines.offload.messages import LoadRun, StoreChunk
+from memkv_engines.offload.messages import STOPPED, LoadRun, StoreChunk
 from memkv_engines.vllm import compat, geometry
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
 
@@ -161,7 +161,8 @@ class WorkerSide:
             return  # answered as failed already
         request_id, runs = found
         if result.measures_tier:
-            self._report.measured[result.job_id] = (result.read_bytes, int(result.seconds * 1e6))
+            elapsed_us = int(result.seconds * 1e6)
+            self._report.measured[result.job_id] = (result.read_bytes, elapsed_us, STOPPED in result.kinds)
         if not any(result.kinds):
             self._finished.add(request_id)
             return
