@@ -148,7 +148,7 @@ def sleeps(vllm_config: Any) -> bool:
 
 
 def watch_sleep(allocator: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Learn of the engine's sleep, which connectors are not told of (0.32, 0.33), from the allocator of its pages.
+    """Learn of the engine's sleep, which connectors are not told of (0.32), from the allocator of its pages.
 
     Args:
         allocator: the process's own, see ``page_allocator``.
