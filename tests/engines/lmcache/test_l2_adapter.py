@@ -131,8 +131,9 @@ DAMAGE = [kind for kind in damage.KINDS if kind not in ("other_namespace", "owne
 def test_no_damage_is_ever_loaded(tier: Path) -> None:
     keys = [key(number) for number in range(len(DAMAGE) + 1)]
     fill(tier, keys)
-    for number, kind in enumerate(DAMAGE):
-        damage.KINDS[kind](file_of(tier, number), tier)
+    files = [file_of(tier, number) for number in range(len(DAMAGE))]
+    for file, kind in zip(files, DAMAGE, strict=True):
+        damage.KINDS[kind](file, tier)
     with levels(tier) as one:
         for number, kind in enumerate(DAMAGE):
             assert one.read([keys[number]]) == [], kind

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lmcache.v1 import memory_management
 
 from memkv_engines.errors import ConfigError, IdentityError
 from memkv_engines.lmcache.storage_plugin import MemKVStoragePlugin
@@ -48,6 +49,11 @@ def put(one: Backends, keys: list[Any], numbers: range) -> None:
     until(lambda: not any(one.plugin.exists_in_put_tasks(key) for key in keys))
 
 
+def held(one: Backends) -> int:
+    """Buffers of LMCache's that were not given back."""
+    return int(one.plugin.local_cpu_backend.memory_allocator.pin_allocator.num_active_allocations)
+
+
 def fill(tier: Path, **options: Any) -> None:
     with backends(tier, **options) as one:
         put(one, KEYS, range(6))
@@ -59,13 +65,11 @@ def test_another_life_gets_every_byte_back(tier: Path) -> None:
     with backends(tier) as one:
         assert one.manager.batched_contains([*KEYS, chunk_key(77)])[0] == 6
         assert one.get([*KEYS, chunk_key(77)]) == [*CONTENT, None]
+        assert held(one) == 0 and one.manager.memcheck()
+        # Of single chunks LMCache keeps what it got.
         memory = one.manager.get(KEYS[2], NAME)
-        assert bytes(memory.byte_array) == CONTENT[2]
-        memory.ref_count_down()
+        assert bytes(memory.byte_array) == CONTENT[2] and held(one) == 1
         assert one.plugin.status()["load_chunks"] == 7
-        # Every buffer was given back.
-        assert one.manager.memcheck() and one.plugin.local_cpu_backend.memory_allocator.memcheck()
-        assert one.plugin.local_cpu_backend.memory_allocator.pin_allocator.num_active_allocations == 0
 
 
 def test_the_asynchronous_side(tier: Path) -> None:
@@ -86,7 +90,7 @@ def test_the_asynchronous_side(tier: Path) -> None:
         assert bytes(memory.byte_array) == CONTENT[0]
         memory.ref_count_down()
         assert one.plugin.get_non_blocking(chunk_key(77)) is None
-        assert one.plugin.local_cpu_backend.memory_allocator.pin_allocator.num_active_allocations == 0
+        assert held(one) == 0
 
 
 def test_a_callback_per_chunk_and_errors_in_it_stay_there(tier: Path) -> None:
@@ -155,7 +159,7 @@ def test_damage_is_a_miss_in_the_middle(kind: str, tier: Path) -> None:
         assert one.get(KEYS) == [*CONTENT[:3], None, *CONTENT[4:]]
         misses = {name: n for name, n in one.plugin.status().items() if name.startswith("miss_")}
         assert sum(misses.values()) == 1, misses
-        assert one.plugin.local_cpu_backend.memory_allocator.pin_allocator.num_active_allocations == 0
+        assert held(one) == 0
 
 
 def test_a_hang_costs_a_deadline(tier: Path) -> None:
@@ -167,7 +171,7 @@ def test_a_hang_costs_a_deadline(tier: Path) -> None:
             assert one.manager.batched_contains(KEYS)[0] == 0
             assert one.get(KEYS[1:]) == [None] * 5
             assert time.monotonic() - started < 10
-        assert one.plugin.local_cpu_backend.memory_allocator.pin_allocator.num_active_allocations == 0
+        assert held(one) == 0
 
 
 def test_removal(tier: Path) -> None:
@@ -178,26 +182,26 @@ def test_removal(tier: Path) -> None:
         assert not damage.chunk_files(tier)
 
 
-def test_nothing_touches_memory_that_lmcache_has_freed(tier: Path) -> None:
-    """LMCache frees the memory first and closes us after it."""
+def test_nothing_touches_memory_that_lmcache_has_freed(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMCache frees its memory first and closes us after that."""
+    free, alive = memory_management._free_cpu_memory, []
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        alive.append((io_processes(), one.plugin._putting))
+        free(*arguments, **options)
+
+    monkeypatch.setattr(memory_management, "_free_cpu_memory", watched)
+    many = [chunk_key(number) for number in range(100, 160)]
     with backends(tier) as one:
-        freed = one.plugin.local_cpu_backend.memory_allocator
-        many = [chunk_key(number) for number in range(100, 160)]
         one.put(many, range(60))
-        real = freed.__class__.close
-        alive: list[list[int]] = []
-
-        def close() -> None:
-            alive.append(io_processes())
-            real(freed)
-
-        before = freed.close
-        assert before.__name__ == "close_after"
-        one.plugin.close()
-        alive.append(io_processes())
-        assert not any(one.plugin.exists_in_put_tasks(key) for key in many)
-    assert alive == [[]]
-    assert not io_processes()
+        assert io_processes()
+    assert alive == [([], set())]
+    # What was written is whole.
+    with backends(tier) as one:
+        found = one.get(many)
+        wanted = [content(number, CHUNK_BYTES).tobytes() for number in range(60)]
+        assert all(got in (None, right) for got, right in zip(found, wanted, strict=True))
+        assert one.plugin.status().get("miss_damaged", 0) == 0
 
 
 def test_an_error_of_ours_is_a_miss(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +216,7 @@ def test_an_error_of_ours_is_a_miss(tier: Path, monkeypatch: pytest.MonkeyPatch)
             patched.setattr(one.plugin._objects, "find", broken)
             assert not one.plugin.contains(KEYS[0]) and one.get(KEYS) == [None] * 6
         assert one.plugin.status()["boundary_errors"] == 2
-        assert one.plugin.local_cpu_backend.memory_allocator.pin_allocator.num_active_allocations == 0
+        assert held(one) == 0
         assert one.get(KEYS) == CONTENT
 
 
