@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compare import __main__ as compare
-from benchmarks.compare import judge, plan, prompts, report, side
+from benchmarks.compare import judge, plan, plots, prompts, report, side
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG
 from benchmarks.compare.names import (
     FILE,
@@ -396,6 +396,7 @@ def test_a_stage_that_dies_leaves_what_it_wrote(tmp_path: Path, monkeypatch: pyt
         interpreter.chmod(0o755)
 
     monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(plots, "draw", lambda body, path: None)
     arguments = ["--profile", "tiny", "--stages", "vllm", "--folder", str(tmp_path), "--output", str(tmp_path / "out")]
     assert compare.main(arguments) == 1
     assert (
