@@ -149,6 +149,7 @@ TRIAL_SHARE = 0.15
 TRIAL_PAUSE_S = 5.0
 TRIAL_DUTY = 0.05
 """Share of all time that trials may take, where even the smallest is slow."""
+MAX_TRIAL_OFFERS = 64
 STOP_MARGIN = 1.25
 """A load that is seen to take so many times what it saves is stopped."""
 STOP_FLOOR_S = 0.1
@@ -203,6 +204,7 @@ SMALL_OBJECT_BYTES = MIN_CHUNK_TARGET_BYTES
 BAD_OBJECT_S = 60.0
 """An object that failed to load is not found again for so long, unless it is stored anew."""
 MAX_REMEMBERED_LAYOUTS = 1024
+"""Namespaces and layouts of objects that one process keeps in mind."""
 
 # --- patches for engines -------------------------------------------------------
 MAX_PATCH_BYTES = MIB

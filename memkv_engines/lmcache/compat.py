@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lmcache import torch_device_type
 from memkv_engines.errors import IdentityError, LayoutError
 from memkv_engines.lmcache.objects import Arena
 
+LOGGER = "lmcache.utils"
+"""One whose handlers print LMCache's lines: it gives them to each module's logger, and none to what is above."""
 _ALIGN_BYTES = 4096
 
 
@@ -32,6 +35,22 @@ def arena_of(local_cpu_backend: Any) -> Arena:
     pages = getattr(allocator, "pin_allocator", allocator)
     align_bytes = _common_power_of_two(int(getattr(pages, "align_bytes", _ALIGN_BYTES)))
     return Arena(buffer.data_ptr(), buffer.numel() * buffer.element_size(), align_bytes)
+
+
+def before_memory_goes(local_cpu_backend: Any, call: Callable[[], None]) -> None:
+    """Have something done before LMCache frees the memory of its CPU backend.
+
+    LMCache closes that backend first and the others after it: a transfer that is under way would go on in memory that
+    is somebody else's by then.
+    """
+    allocator = local_cpu_backend.get_memory_allocator()
+    close = allocator.close
+
+    def close_after() -> None:
+        call()
+        close()
+
+    allocator.close = close_after
 
 
 def refuse_unsafe_hash(config: Any) -> None:

@@ -18,6 +18,7 @@ from lmcache.utils import CacheEngineKey
 from lmcache.v1.distributed.api import ObjectKey
 
 from memkv_engines.config import Config
+from memkv_engines.doors.protection import protection_identity
 from memkv_engines.errors import IdentityError
 from memkv_engines.keys import JsonValue, Namespace
 from memkv_engines.limits import HASH_BYTES, MAX_REMEMBERED_LAYOUTS
@@ -51,6 +52,7 @@ class Identity:
             "weights": f"named:{config.identity.weights_id}",
             "tenant": config.identity.tenant,
             "host": compat.host_identity(),
+            **protection_identity(config),
         }
         self._cached = lru_cache(MAX_REMEMBERED_LAYOUTS)(self._make)
 

@@ -20,7 +20,8 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 
 from memkv_engines.config import load_config
 from memkv_engines.errors import ConfigError
-from memkv_engines.limits import MAX_REMEMBERED_LAYOUTS
+from memkv_engines.limits import MAX_OBJECT_SIZES, MAX_REMEMBERED_LAYOUTS
+from memkv_engines.lmcache import compat
 from memkv_engines.lmcache.identity import Identity, Layout, layout_of, object_bytes, server_hash
 from memkv_engines.lmcache.objects import Arena, ObjectBuffer, ObjectName, ObjectStore
 from memkv_engines.lmcache.tasks import Tasks
@@ -52,7 +53,7 @@ class MemKVL2Adapter(L2AdapterInterface):
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: L1MemoryDesc | None = None) -> None:
         super().__init__()
-        adopt_handlers("lmcache")
+        adopt_handlers(compat.LOGGER)
         config = load_config(params)
         self._identity = Identity(config, "l2 adapter")
         if l1_memory_desc is None or not l1_memory_desc.size:
@@ -170,7 +171,7 @@ class MemKVL2Adapter(L2AdapterInterface):
         places = [
             (key, layout, name)
             for key in keys
-            for layout in self._layouts.get((key.model_name, key.kv_rank, key.object_group_id), ())
+            for layout in tuple(self._layouts.get((key.model_name, key.kv_rank, key.object_group_id), ()))
             if (name := self._name(key, layout)) is not None
         ]
         removed = self._objects.remove([name for _, _, name in places])
@@ -222,8 +223,10 @@ class MemKVL2Adapter(L2AdapterInterface):
             self._report("hash", text, len(key.chunk_hash))
             return None
         place = (key.model_name, key.kv_rank, key.object_group_id)
-        if len(self._layouts) < MAX_REMEMBERED_LAYOUTS or place in self._layouts:
-            self._layouts.setdefault(place, set()).add(layout)
+        if place in self._layouts or len(self._layouts) < MAX_REMEMBERED_LAYOUTS:
+            known = self._layouts.setdefault(place, set())
+            if len(known) < MAX_OBJECT_SIZES:
+                known.add(layout)
         return ObjectName(self._identity.of_server(key, layout), digest)
 
     def _report(self, kind: str, text: str, value: object) -> None:

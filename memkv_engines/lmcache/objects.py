@@ -22,6 +22,7 @@ import numpy as np
 from memkv_engines.chunk.layout import align_up
 from memkv_engines.config import Config, split_paths
 from memkv_engines.doors.io_client import worker_client
+from memkv_engines.doors.protection import protection_spec
 from memkv_engines.errors import IoServiceError, MemKVError, TierUnavailable
 from memkv_engines.keys import ChunkKey, Namespace, Shard
 from memkv_engines.limits import (
@@ -30,6 +31,7 @@ from memkv_engines.limits import (
     MAX_BAD_CHUNKS,
     MAX_OBJECT_JOB_BYTES,
     MAX_OBJECT_SIZES,
+    MAX_REMEMBERED_LAYOUTS,
     SERVICE_RESTART_BACKOFF_MAX_S,
     SERVICE_RESTART_BACKOFF_S,
     SMALL_OBJECT_BYTES,
@@ -146,6 +148,7 @@ class ObjectStore:
                     io_threads=1,
                     staging_bytes=0,
                     eviction=config.tier.eviction,
+                    protection=protection_spec(config),
                 ),
                 io_process=config.io.io_process,
                 load_timeout_ms=config.io.load_timeout_ms,
@@ -318,6 +321,8 @@ class ObjectStore:
         """Record namespaces, once each."""
         for namespace in namespaces:
             if namespace.digest not in mover.manifests:
+                if len(mover.manifests) >= MAX_REMEMBERED_LAYOUTS:
+                    mover.manifests.clear()
                 mover.manifests.add(namespace.digest)
                 mover.client.manifest(Manifest(namespace.canonical_json))
                 log.info("namespace %s: %s", namespace.folder, namespace.canonical_json.decode())

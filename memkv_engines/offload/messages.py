@@ -118,7 +118,7 @@ class Store(msgspec.Struct, frozen=True, tag="store"):
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """Read, verify, scatter; runs of a group are in chain order.
 
-    With ``stop_us`` no more chunks are read once the whole is seen to take longer; 0: never.
+    With ``stop_us`` no more chunks are read once the whole, from its first chunk on, is seen to take longer; 0: never.
     """
 
     job_id: int

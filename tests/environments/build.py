@@ -251,10 +251,8 @@ def install_lmcache(venv: Path, log: Path) -> None:
 
 def check_lmcache(venv: Path, log: Path) -> None:
     """Imports both of LMCache's storage interfaces once; only its CUDA library cannot be loaded, and it is optional."""
-    program = (
-        "import lmcache.v1.storage_backend.storage_manager, lmcache.v1.distributed.storage_manager\n"
-        "import lmcache.v1.multiprocess.http_server, lmcache.integration.vllm.lmcache_mp_connector, memkv_engines\n"
-    )
+    server, client = "lmcache.v1.multiprocess.http_server", "lmcache.integration.vllm.lmcache_mp_connector"
+    program = f"import {server}, {client}, lmcache.v1.storage_backend, opentelemetry.exporter.prometheus, memkv_engines"
     run_logged([python_of(venv), "-c", program], log)
 
 
@@ -314,10 +312,7 @@ ENVIRONMENTS = {
     ),
     "lmcache": Environment(
         name="lmcache",
-        base=(
-            Step("a layer on the vllm environment", make_layer_on_vllm),
-            Step("LMCache", install_lmcache),
-        ),
+        base=(Step("a layer on the vllm environment", make_layer_on_vllm), Step("LMCache", install_lmcache)),
         project=(Step("import both interfaces", check_lmcache),),
         inputs=(LMCACHE_REQUIREMENTS,),
         python_min=(3, 11),
