@@ -47,7 +47,7 @@ WARM_UP_TOKENS = 256
 NEEDED_ROUNDS = 2
 # Rounds with a name of their own, so that no visit of these is taken for one of the others.
 FIRST_GATE_ROUND = 101
-PACKAGES = ("vllm", "sglang", "lmcache", "torch", "transformers")
+PACKAGES = ("vllm", "sglang", "torch", "transformers")
 
 
 Make = Callable[[], Side]
@@ -220,7 +220,7 @@ def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) 
     say("conversations")
     driver.conversations(profile.conversations, corpus, cold=False)
     driver.forget_all()
-    say("RAG")
+    say(RAG)
     one = profile.rag
     prompts = rag(
         corpus,
@@ -233,7 +233,7 @@ def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) 
     )
     driver.requests(RAG, prompts, one.together, one.answer_tokens)
     driver.forget_all()
-    say("prefix repetition")
+    say(REPETITION)
     two = profile.prefix_repetition
     prompts = prefix_repetition(
         corpus.vocabulary,
@@ -268,8 +268,10 @@ def model_of(stage: str, profile: Profile) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what takes part, as far as this environment has it."""
+    """Returns the versions of what takes part, as far as this environment or LMCache's has it."""
     found = {}
+    for folder in (ROOT / ".venvs" / "lmcache").glob("lib/python*/site-packages/lmcache-*.dist-info"):
+        found["lmcache"] = folder.name.removeprefix("lmcache-").removesuffix(".dist-info")
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import harness
 from benchmarks.compare import __main__ as compare
 from benchmarks.compare import judge, plan, plots, prompts, report, side
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG
@@ -374,7 +375,7 @@ def test_the_results_show_judgements_failures_and_losses(tmp_path: Path) -> None
         "vllm": stage_body("vllm", vllm, raw(0.1), failed=LMCACHE_FS),
         "sglang": stage_body("sglang", sglang, []),
     }
-    body = compare.combined(plan.DEFAULT, stages, 60.0, tmp_path)
+    body = compare.combined(plan.DEFAULT, stages, 60.0, harness.environment(tmp_path))
     json.dumps(body)
     report.write(body, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
