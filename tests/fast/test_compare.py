@@ -34,6 +34,8 @@ from benchmarks.compare.names import (
 from benchmarks.compare.record import Batch, Record, without_paths
 
 LENGTH = 8000
+# Keys and values of all layers in bfloat16.
+KV_BYTES_PER_TOKEN = {"smollm2": 30 * 2 * 3 * 64 * 2, plan.RANDOM_335M: 24 * 2 * 8 * 64 * 2}
 
 
 @pytest.fixture(autouse=True)
@@ -338,6 +340,8 @@ def test_the_default_profile_fits_its_time() -> None:
     assert [run.name for run in compare.runs_of(plan.FULL, ["vllm", "sglang"])] == ["vllm", "vllm, long", "sglang"]
     for one in plan.PROFILES.values():
         assert max(one.documents.longest, one.conversations.longest, one.rag.longest) <= one.max_model_len
+        # vLLM starts only where its longest request fits into its pool.
+        assert one.kv_bytes > one.max_model_len * KV_BYTES_PER_TOKEN[one.model]
         assert one.conversations.count // one.conversations.together >= 2
         assert one.documents.lengths.count(one.documents.longest) * one.documents.restores >= 2
 
