@@ -72,7 +72,7 @@ FULL = Plan(
     max_model_len=4096, kv_mib=128,
 )  # fmt: skip
 TINY = Plan(
-    conversations=3, turns=2, document_tokens=256, turn_tokens=64, trace_block_tokens=32, block_size=32,
+    conversations=4, turns=2, document_tokens=320, turn_tokens=64, trace_block_tokens=32, block_size=32,
     max_model_len=512, kv_mib=16,
 )  # fmt: skip
 
@@ -98,13 +98,23 @@ def trace_of(arguments: argparse.Namespace, plan: Plan) -> tuple[list[Request], 
     return fitting, block, len(found) - len(fitting)
 
 
-def serve(engines: dict[str, Engine], trace: Sequence[Request], block_tokens: int) -> dict[str, list[Served]]:
-    """Serves a trace with both engines, request by request; who goes first changes."""
+def serve(
+    engines: dict[str, Engine], trace: Sequence[Request], block_tokens: int, *, settles: bool
+) -> dict[str, list[Served]]:
+    """Serves a trace with both engines, request by request; who goes first changes.
+
+    Args:
+        engines: By `SIDES`.
+        trace: What to serve.
+        block_tokens: Length of its blocks.
+        settles: Wait before each request until the engine asked last stops polling.
+    """
     served: dict[str, list[Served]] = {side: [] for side in SIDES}
     for number, (request, seen) in enumerate(zip(trace, traces.seen_tokens(trace, block_tokens), strict=True)):
         prompt = traces.prompt_of(request, block_tokens, VOCABULARY)
         for side in SIDES if number % 2 else SIDES[::-1]:
-            settle()
+            if settles:
+                settle()
             answer, external = engines[side].ask(prompt, max(1, min(request.output_tokens, MAX_OUTPUT_TOKENS)))
             local = answer.cached_tokens - external
             served[side].append(Served(answer.prompt_tokens, seen, local, external, answer.ttft_s))
@@ -143,7 +153,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         warm_up = Request(0.0, plan.document_tokens, 1, tuple(range(-1, -1 - plan.document_tokens // block_tokens, -1)))
         for engine in engines.values():
             engine.ask(traces.prompt_of(warm_up, block_tokens, VOCABULARY) or [1], 1)
-        served = serve(engines, trace, block_tokens)
+        served = serve(engines, trace, block_tokens, settles=not arguments.tiny)
         environment_now = {**harness.environment(tier), "vllm": version("vllm")}
     cost = fit([*served[ALONE], *served[CONNECTED]])
     return {

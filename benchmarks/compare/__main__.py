@@ -171,7 +171,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def combined(profile: Profile, stages: dict[str, dict[str, Any]], seconds: float, folder: Path) -> dict[str, Any]:
+def combined(
+    profile: Profile, stages: dict[str, dict[str, Any]], seconds: float, environment: dict[str, Any]
+) -> dict[str, Any]:
     """Returns the content of `build/compare.json`: all records, judged."""
     judgements: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
@@ -185,7 +187,7 @@ def combined(profile: Profile, stages: dict[str, dict[str, Any]], seconds: float
         "benchmark": "compare",
         "profile": profile.name,
         "minutes": seconds / 60,
-        "environment": harness.environment(folder),
+        "environment": environment,
         "judgements": judgements,
         "cells": cells,
         "noise": noise,
@@ -252,13 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     results = parsed.results or (parsed.output if profile.light else ROOT / "benchmarks")
     parsed.output.mkdir(parents=True, exist_ok=True)
+    # Before the results are written, which would count as a change of the checkout.
+    environment = harness.environment(parsed.output)
     started, stages = time.monotonic(), {}
     body: dict[str, Any] = {}
     for run in runs:
         partial = parsed.output / f"compare-{run.name.replace(', ', '-')}.json"
         stages[run.name] = run_stage(run, partial, parsed.folder)
         # After every stage, so that a later one cannot take it along.
-        body = combined(profile, stages, time.monotonic() - started, parsed.output)
+        body = combined(profile, stages, time.monotonic() - started, environment)
         harness.write_json(body, parsed.output / "compare.json")
         report.write(body, results)
     if not body:

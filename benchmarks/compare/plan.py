@@ -152,9 +152,9 @@ DEFAULT = Profile(
     # One document of 8,000 tokens and a little.
     kv_bytes=224 << 20,
     max_model_len=8192,
-    documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=5, gate_rounds=4),
+    documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=4, gate_rounds=3),
     conversations=Conversations(
-        count=8, together=2, turns=3, document_tokens=2000, user_tokens=96, answer_tokens=16, rounds=1
+        count=8, together=2, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=1
     ),
     rag=Rag(
         system_tokens=512,
@@ -162,18 +162,18 @@ DEFAULT = Profile(
         passage_tokens=480,
         per_request=3,
         question_tokens=48,
-        requests=6,
-        together=3,
+        requests=4,
+        together=2,
         answer_tokens=16,
     ),
     prefix_repetition=PrefixRepetition(
         prefixes=4, prefix_tokens=1024, suffix_tokens=128, prompts=8, together=4, answer_tokens=16
     ),
-    sglang=Conversations(count=4, together=1, turns=3, document_tokens=2000, user_tokens=96, answer_tokens=1, rounds=2),
+    sglang=Conversations(count=4, together=1, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=1, rounds=2),
     # One conversation and a little.
-    sglang_pool_tokens=40 * 64,
-    vllm_minutes=18.0,
-    sglang_minutes=6.0,
+    sglang_pool_tokens=32 * 64,
+    vllm_minutes=15.0,
+    sglang_minutes=5.0,
 )
 FULL = replace(
     DEFAULT,
@@ -269,8 +269,8 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
         _line("documents, first visits", documents * sides, pass_s * sides),
         _line(
             "documents, second visits and local hits",
-            documents * (recomputing + 2 * storing),
-            pass_s * recomputing + documents * storing * 2 * _RESTORE_S,
+            documents * (recomputing - 1 + 2 * storing),
+            pass_s * (recomputing - 1) + documents * storing * 2 * _RESTORE_S,
         ),
         _line(
             "more restores of the longest",

@@ -105,7 +105,8 @@ def _rates(axis: Any, stage: Mapping[str, Any] | None) -> None:
     for number, (side, values) in enumerate(found.items()):
         at = np.arange(len(workloads)) + number * width
         axis.bar(at, [value or 0.0 for value in values], width, label=side, color=COLOURS[side])
-    axis.set_xticks(np.arange(len(workloads)) + 0.4 - width / 2, workloads)
+    labels = [workload.replace(" behind ", "\nbehind ") for workload in workloads]
+    axis.set_xticks(np.arange(len(workloads)) + 0.4 - width / 2, labels, fontsize=8)
     axis.set(title=title, ylabel="prompt and answer tokens / s")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=8)

@@ -244,6 +244,8 @@ def _head(body: Mapping[str, Any]) -> str:
     versions: dict[str, str] = {}
     for stage in body["stages"].values():
         versions |= stage["environment"]["versions"]
+    commit, _, changes = environment["git_revision"].partition("+")
+    revision = commit[:12] + (" with changes" if changes else "")
     profile = next((stage["profile"] for stage in body["stages"].values()), {})
     shown = ", ".join(f"{name} {value}" for name, value in sorted(versions.items()))
     lines = [
@@ -252,7 +254,7 @@ def _head(body: Mapping[str, Any]) -> str:
         "`build/compare.json` has every sample.",
         f"{environment['cores']} cores of {environment['cpu']}, {environment['memory_gib']} GiB, "
         f"{environment['file_system']}, kernel {environment['kernel']}; Python {environment['python']}, {shown}; "
-        f"memkv-engines {environment['package_version']} at {environment['git_revision'][:12]}, "
+        f"memkv-engines {environment['package_version']} at {revision}, "
         f"{environment['time_utc'][:10]}.",
     ]
     if profile:

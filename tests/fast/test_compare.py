@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import harness
 from benchmarks.compare import __main__ as compare
-from benchmarks.compare import judge, plan, prompts, report, side
+from benchmarks.compare import judge, plan, plots, prompts, report, side
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG
 from benchmarks.compare.names import (
     FILE,
@@ -33,6 +34,8 @@ from benchmarks.compare.names import (
 from benchmarks.compare.record import Batch, Record, without_paths
 
 LENGTH = 8000
+# Keys and values of all layers in bfloat16.
+KV_BYTES_PER_TOKEN = {"smollm2": 30 * 2 * 3 * 64 * 2, plan.RANDOM_335M: 24 * 2 * 8 * 64 * 2}
 
 
 @pytest.fixture(autouse=True)
@@ -337,6 +340,8 @@ def test_the_default_profile_fits_its_time() -> None:
     assert [run.name for run in compare.runs_of(plan.FULL, ["vllm", "sglang"])] == ["vllm", "vllm, long", "sglang"]
     for one in plan.PROFILES.values():
         assert max(one.documents.longest, one.conversations.longest, one.rag.longest) <= one.max_model_len
+        # vLLM starts only where its longest request fits into its pool.
+        assert one.kv_bytes > one.max_model_len * KV_BYTES_PER_TOKEN[one.model]
         assert one.conversations.count // one.conversations.together >= 2
         assert one.documents.lengths.count(one.documents.longest) * one.documents.restores >= 2
 
@@ -374,7 +379,7 @@ def test_the_results_show_judgements_failures_and_losses(tmp_path: Path) -> None
         "vllm": stage_body("vllm", vllm, raw(0.1), failed=LMCACHE_FS),
         "sglang": stage_body("sglang", sglang, []),
     }
-    body = compare.combined(plan.DEFAULT, stages, 60.0, tmp_path)
+    body = compare.combined(plan.DEFAULT, stages, 60.0, harness.environment(tmp_path))
     json.dumps(body)
     report.write(body, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
@@ -396,6 +401,7 @@ def test_a_stage_that_dies_leaves_what_it_wrote(tmp_path: Path, monkeypatch: pyt
         interpreter.chmod(0o755)
 
     monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(plots, "draw", lambda body, path: None)
     arguments = ["--profile", "tiny", "--stages", "vllm", "--folder", str(tmp_path), "--output", str(tmp_path / "out")]
     assert compare.main(arguments) == 1
     assert (
