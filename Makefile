@@ -11,7 +11,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sglang test faults trust lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
-	kernels test-kernels sass-table test-gpu bench-gpu
+	compare bench-recompute-tax env-lmcache kernels test-kernels sass-table test-gpu bench-gpu
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,15 @@ bench-sglang: env-sglang ## conversations in SGLang: no storage, its own file ba
 	@$(SGLANG) -m tests.environments.models smollm2
 	@$(SGLANG) -m benchmarks.bench_sglang $(ARGS)
 
+compare: env-dev env-vllm env-sglang env-lmcache ## peers in one run: vLLM, SGLang and LMCache's own, and ours; writes benchmarks/RESULTS.md (about 25 minutes)
+	@$(VLLM) tests/environments/models.py smollm2
+	@$(SGLANG) -m tests.environments.models smollm2
+	@$(DEV) -m benchmarks.compare $(ARGS)
+
+bench-recompute-tax: env-vllm ## what share of prefill goes to tokens computed before, with and without us (about 5 minutes)
+	@$(VLLM) tests/environments/models.py smollm2
+	@$(VLLM) -m benchmarks.bench_recompute_tax $(ARGS)
+
 env-dev:
 	@$(PYTHON) tests/environments/build.py dev
 
@@ -89,6 +98,9 @@ env-sglang:
 
 env-device:
 	@$(PYTHON) tests/environments/build.py device
+
+env-lmcache:
+	@$(PYTHON) tests/environments/build.py lmcache
 
 clean: ## remove environments, models, logs and caches
 	rm -rf .venvs .models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,7 +91,7 @@ TINY = Plan(
 
 def start(name: str, plan: Plan, folder: Path) -> Side:
     """Starts one side's engine and waits until it answers."""
-    backend = None if name == NONE else Backend(name, folder / name)
+    backend = None if name == NONE else Backend(name, folder / name, "off" if plan is TINY else "on")
     if backend:
         backend.folder.mkdir()
     arguments = {**(backend.arguments() if backend else {}), **plan.arguments}

@@ -90,6 +90,8 @@ class Side:
 
     name: str
     folder: Path
+    # Off for a tiny model, which may recompute faster than a busy machine loads.
+    cost_gate: str = "on"
     cold: list[tuple[float, Answer]] = field(default_factory=list)
     oracle: list[Answer] = field(default_factory=list)
     restored: list[tuple[float, Answer]] = field(default_factory=list)
@@ -102,8 +104,8 @@ class Side:
         if self.name == FILE:
             return hicache("file", file_storage_path=str(self.folder))
         if self.name == LINKER:
-            return linker(self.folder, cost_gate="on")
-        return hicache("dynamic", **memkv_extra(self.folder, cost_gate="on"))
+            return linker(self.folder, cost_gate=self.cost_gate)
+        return hicache("dynamic", **memkv_extra(self.folder, cost_gate=self.cost_gate))
 
     @property
     def timers(self) -> Path:
@@ -382,7 +384,8 @@ def main(argv: Sequence[str]) -> int:
         prompts = list(build_workload(str(ensure_model(plan.model)), plan.prompts, plan.prompt_tokens, 64).prompts)
     scratch = Path(tempfile.mkdtemp(prefix="demo-sglang-", dir=arguments.output))
     try:
-        sides = {name: Side(name, scratch / name) for name in (FILE, MEMKV, LINKER)}
+        gate = "off" if arguments.tiny else "on"
+        sides = {name: Side(name, scratch / name, gate) for name in (FILE, MEMKV, LINKER)}
         for side in sides.values():
             side.folder.mkdir()
         first_visits(list(sides.values()), plan, prompts, logs, say)

@@ -11,6 +11,10 @@ the tokens worth most are the last ones; where a part is worth loading, all is w
 so the question is whether L([c, h)) <= P(c, h). (With several levels of different speed the ends of each level's part
 would be candidates, too; there is one.)
 
+What waits before the request is left out on both sides: without a tier, the same requests would wait for each other's
+prefill, and where each load is no longer than the prefill it saves, neither is a queue of them. (Measured loads are
+told from their waiting: ``LoadTicket.ahead_bytes``.)
+
 It is the request's own time to the first token that is decided on. In vLLM a load runs beside the engine's steps and
 costs hardly any time of the device, so for throughput even a slow load is a gain; we promise latency.
 
@@ -39,6 +43,7 @@ from dataclasses import dataclass
 from memkv_engines.limits import (
     COLD_LOAD_S,
     FORGET_LOAD_S,
+    MAX_TRIAL_OFFERS,
     MIN_TRIAL_TOKENS,
     NEGLIGIBLE_LOAD_S,
     OVERDUE_SLACK_S,
@@ -96,7 +101,7 @@ class LoadTicket:
         size_bytes: what it shall bring.
         ahead_bytes: what loads before it shall still bring; they share the tier, and are served in order.
         predicted_s: what it should take with its waiting; 0 where that was unknown.
-        stop_s: to be stopped as soon as it is seen to take longer; 0: never.
+        stop_s: to be stopped as soon as it is seen to take longer, from its first chunk on; 0: never.
         overdue_at: when it should long have ended.
     """
 
@@ -126,7 +131,8 @@ class CostGate:
         self._under_way: list[LoadTicket] = []
         self._declining: dict[int, bool] = {}
         self._next_trial, self._trials = 0.0, 0
-        self._last_trial = (0, 0, 0.0)
+        # Trials that wait for their load, by start: where they may end, and what they may take.
+        self._offers: dict[int, tuple[int, float]] = {}
         self._lock = threading.Lock()
         self._lines = Throttle()
 
@@ -135,16 +141,27 @@ class CostGate:
     def load_began(self, hit: Candidate) -> LoadTicket:
         """A load begins; ``load_ended`` must follow, whatever becomes of it."""
         with self._lock:
-            ahead = self._ahead_bytes()
-            stop_s = self._stop_s(hit) if self.enabled else 0.0
+            ahead = sum(t.size_bytes for t in self._under_way)
+            stop_s = max(STOP_FLOOR_S, STOP_MARGIN * max(self._worth(hit), self._take_trial(hit)))
+            stop_s *= self.enabled
             predicted_s = self._load.seconds(ahead + hit.size_bytes)
-            overdue_at = self._clock() + stop_s + OVERDUE_SLACK_S
+            waits_until = max((t.overdue_at - OVERDUE_SLACK_S for t in self._under_way), default=0.0)
+            overdue_at = max(self._clock(), waits_until) + stop_s + OVERDUE_SLACK_S
             ticket = LoadTicket(hit.size_bytes, ahead, predicted_s, stop_s, overdue_at)
             self._under_way.append(ticket)
             return ticket
 
-    def load_ended(self, ticket: LoadTicket, read_bytes: int = 0, seconds: float = 0.0) -> None:
-        """A load ended; what it read and how long that took with its waiting. A load that failed tells nothing: 0."""
+    def load_ended(
+        self, ticket: LoadTicket, read_bytes: int = 0, seconds: float = 0.0, *, stopped: bool = False
+    ) -> None:
+        """A load ended.
+
+        Args:
+            ticket: as it began.
+            read_bytes: what it read; 0: it failed, and tells nothing.
+            seconds: how long that took with its waiting.
+            stopped: it was stopped for being slow.
+        """
         with self._lock:
             if ticket not in self._under_way:
                 return  # forgotten: nobody had heard of it for too long
@@ -156,7 +173,10 @@ class CostGate:
             if not self.enabled or read_bytes <= 0 or seconds <= 0:
                 return
             moved = max(0, ticket.ahead_bytes) + read_bytes
-            if ticket.predicted_s and read_bytes >= ticket.size_bytes:
+            if stopped:
+                # To be wrong about this costs a recompute and a trial; to hold on to the past, more such loads.
+                self._load.forget()
+            elif ticket.predicted_s:
                 self.counters.add("gate_error_microseconds", int(abs(seconds - ticket.predicted_s) * 1e6))
             if self._load.known and 2 * seconds < self._load.seconds(moved):
                 # Better than we thought: no need to wait before the next trial.
@@ -178,7 +198,7 @@ class CostGate:
             return self.enabled and not self._load.known and bool(self._under_way) and not self._overdue()
 
     def judge(self, hit: Candidate, block_tokens: int = 1, least_tokens: int = 0) -> Verdict:
-        """How much of a hit to load. Counts, and may take the turn of a trial: ask once for a request.
+        """How much of a hit to load. Counts: ask once for a request.
 
         Args:
             hit: what could be loaded; not empty.
@@ -204,28 +224,31 @@ class CostGate:
         self._under_way = [t for t in self._under_way if now < t.overdue_at + FORGET_LOAD_S]
         return any(ticket.overdue_at < now for ticket in self._under_way)
 
-    def _ahead_bytes(self) -> int:
-        return sum(ticket.size_bytes for ticket in self._under_way)
-
     def _worth(self, hit: Candidate) -> float:
         """Seconds of prefill that a load saves."""
         if self._prefill.known:
             return self._prefill.seconds(hit.start, hit.stop)
         return max(COLD_LOAD_S, hit.size_bytes / PRIOR_PREFILL_BYTES_PER_S)
 
-    def _stop_s(self, hit: Candidate) -> float:
-        """When a load is to be stopped; a trial has its budget, since it would teach nothing else."""
-        worth_s = self._worth(hit)
-        if self._last_trial[:2] == (hit.start, hit.stop):
-            worth_s = max(worth_s, self._last_trial[2])
-        return max(STOP_FLOOR_S, STOP_MARGIN * worth_s)
+    def _take_trial(self, hit: Candidate) -> float:
+        """What a load may take if it is a trial: more than it saves, since it would teach nothing else; else 0.
+
+        Only a load that begins ends the turn: other ranks, whose turn may come later, must have agreed to it.
+        """
+        stop, budget_s = self._offers.get(hit.start, (0, 0.0))
+        if hit.stop > stop:
+            return 0.0
+        self._offers.clear()
+        self._trials += 1
+        self._next_trial = self._clock() + max(TRIAL_PAUSE_S, self._load.seconds(hit.size_bytes) / TRIAL_DUTY)
+        return budget_s
 
     def _judge(self, hit: Candidate, block_tokens: int, least_tokens: int) -> Verdict:
         if self._overdue():
             return Verdict(0, "slower")
         if not self._load.known:
             return Verdict(hit.tokens, "unmeasured")
-        load_s, worth_s = self._load.seconds(self._ahead_bytes() + hit.size_bytes), self._worth(hit)
+        load_s, worth_s = self._load.seconds(hit.size_bytes), self._worth(hit)
         if load_s <= NEGLIGIBLE_LOAD_S:
             return Verdict(hit.tokens, "negligible")
         length = hit.tokens.bit_length()
@@ -242,18 +265,16 @@ class CostGate:
         return self._trial(hit, worth_s, block_tokens, least_tokens) or Verdict(0, "slower")
 
     def _trial(self, hit: Candidate, worth_s: float, block_tokens: int, least_tokens: int) -> Verdict | None:
-        now = self._clock()
-        if now < self._next_trial:
+        if self._clock() < self._next_trial:
             return None
         # Of two sizes, or latency could not be told from bandwidth.
         budget_s = TRIAL_SHARE * worth_s / (1 + self._trials % 2)
-        self._trials += 1
         share = self._load.bytes_in(budget_s) / max(1, hit.size_bytes)
         tokens = max(int(hit.tokens * share), least_tokens)
         tokens = min(-(-tokens // block_tokens) * block_tokens, hit.tokens)
-        part = hit.leading(tokens)
-        self._last_trial = (part.start, part.stop, budget_s)
-        self._next_trial = now + max(TRIAL_PAUSE_S, self._load.seconds(part.size_bytes) / TRIAL_DUTY)
+        if len(self._offers) >= MAX_TRIAL_OFFERS:
+            self._offers.clear()
+        self._offers[hit.start] = (hit.start + tokens, budget_s)
         return Verdict(tokens, "trial")
 
     def _report(self, hit: Candidate, load_s: float, worth_s: float, declines: bool) -> None:

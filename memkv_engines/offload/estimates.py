@@ -92,12 +92,16 @@ class LoadCost:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._fit = DecayedFit(clock)
+        self._clock, self._fit = clock, DecayedFit(clock)
 
     @property
     def known(self) -> bool:
         """Whether a load was measured."""
         return self._fit.known
+
+    def forget(self) -> None:
+        """The tier is not what it was: the next sample tells all."""
+        self._fit = DecayedFit(self._clock)
 
     def observe(self, size_bytes: int, seconds: float) -> None:
         """A load took so long, waiting behind others included."""

@@ -20,7 +20,7 @@ class LoadTally:
 
     Args:
         runs: of the job; one that contradicts itself has no chunks, and fails.
-        stop_s: no more chunks shall be read once all of them are seen to take longer; 0: never.
+        stop_s: no more chunks shall be read once all of them are seen to take longer, from the first on; 0: never.
 
     Attributes:
         chunks: of each run.
@@ -28,7 +28,7 @@ class LoadTally:
 
     def __init__(self, runs: Sequence[LoadRun], stop_s: float = 0.0) -> None:
         self._started, self._stop_s, self._stopped = time.perf_counter(), stop_s, False
-        self._arrived = 0
+        self._first_read_at, self._arrived = 0.0, 0
         self.chunks: list[list[LoadChunk]] = []
         self._malformed: set[int] = set()
         for number, run in enumerate(runs):
@@ -68,13 +68,16 @@ class LoadTally:
         Args:
             at_once: how many chunks are read at a time; before so many have come the rate tells nothing.
         """
-        if self._stop_s and not self._stopped:
-            elapsed_s = self.elapsed_s
-            with self._lock:
-                if self._arrived >= at_once:
-                    elapsed_s *= self._count / self._arrived
-                self._stopped = elapsed_s > self._stop_s
-        return self._stopped
+        if not self._stop_s:
+            return False
+        with self._lock:
+            now = time.perf_counter()
+            self._first_read_at = self._first_read_at or now
+            whole_s = now - self._first_read_at
+            if self._arrived >= at_once:
+                whole_s *= self._count / self._arrived
+            self._stopped = self._stopped or whole_s > self._stop_s
+            return self._stopped
 
     def settle(self, run: int, index: int, outcome: LoadOutcome) -> bool:
         """Note what became of a chunk; True for the last one."""

@@ -18,6 +18,7 @@ from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import LoadResult
 from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
 from memkv_engines.offload.estimates import StepClock
+from memkv_engines.offload.messages import STOPPED
 
 
 class PageGate:
@@ -67,7 +68,7 @@ class PageGate:
     def load_ended(self, ticket: LoadTicket, result: LoadResult | None) -> None:
         """It ended so; None: no answer."""
         if result is not None and result.measures_tier:
-            self.gate.load_ended(ticket, result.read_bytes, result.seconds)
+            self.gate.load_ended(ticket, result.read_bytes, result.seconds, stopped=STOPPED in result.kinds)
         else:
             self.gate.load_ended(ticket)
 

@@ -29,6 +29,7 @@ from memkv_engines.errors import (
     TierError,
     TierFull,
     TierUnavailable,
+    TransferOverdue,
     TransportError,
 )
 from memkv_engines.keys import ChunkName, Namespace
@@ -95,6 +96,7 @@ class StripedTier(Tier):
         self._drives = list(drives)
         self.name = f"striped({', '.join(drive.tier.name for drive in drives)})"
         self.align_bytes = max(drive.tier.align_bytes for drive in drives)
+        self.moves_device_memory = all(drive.tier.moves_device_memory for drive in drives)
         told = [f"{drive.tier.root}: {drive.tier.mode_report.reason}" for drive in drives]
         told += [f"LOST {text}" for text in lost]
         self.mode_report = ModeReport(drives[0].tier.mode_report.mode, "; ".join(told), {}, {})
@@ -121,6 +123,8 @@ class StripedTier(Tier):
                 log.warning(
                     "%s takes no stores, others take its share for %g s: %s", drive.tier.root, DRIVE_DOWN_S, error
                 )
+                if isinstance(error, TransferOverdue):
+                    raise  # What it still reads from must be withheld, and whoever is told of success would not.
         raise failure or TierUnavailable("no drive takes stores")
 
     def open(self, folder: str, name: ChunkName) -> ChunkReader:
@@ -176,6 +180,14 @@ class StripedTier(Tier):
     def scan(self) -> int:
         """As ``DirectoryTier.scan``, over all drives."""
         return sum(drive.tier.scan() for drive in self._drives)
+
+    def prove(self, views: Sequence[View]) -> None:
+        """As ``DirectoryTier.prove``, on every drive that takes stores; the first that fails is told."""
+        for tier in self.directories:
+            try:
+                tier.prove(views)
+            except (MemKVError, OSError) as error:
+                raise TransportError(f"{tier.root}: {error}") from error
 
     def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
         for drive in self._drives:

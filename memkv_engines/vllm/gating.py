@@ -16,7 +16,7 @@ from memkv_engines.limits import MAX_STEPS_TIMED, MIN_PREFILL_SAMPLE_TOKENS
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
 from memkv_engines.offload.estimates import StepClock
-from memkv_engines.vllm.metadata import Handshake
+from memkv_engines.vllm.metadata import Handshake, Measured, slowest
 
 
 @dataclass
@@ -46,7 +46,7 @@ class HitGate:
         self._align_tokens = align_tokens
         self._least_tokens = max(f.blocks_per_chunk * f.block_tokens for facts in self._facts for f in facts)
         self._tickets: dict[int, LoadTicket] = {}
-        self._measured: dict[int, tuple[int, int]] = {}
+        self._measured: dict[int, Measured] = {}
         self._clock = StepClock()
         self._steps: OrderedDict[int, tuple[float, list[tuple[int, int]]]] = OrderedDict()
         self._next_step = 0
@@ -67,18 +67,17 @@ class HitGate:
         ticket = self._tickets[job_id] = self._gate.load_began(self._candidate(start, stop))
         return ticket.stop_s
 
-    def load_measured(self, job_id: int, read_bytes: int, elapsed_us: int) -> None:
+    def load_measured(self, job_id: int, measured: Measured) -> None:
         """A rank has read its part; the slowest counts."""
         if job_id in self._tickets:
-            known = self._measured.get(job_id, (0, 0))
-            self._measured[job_id] = (max(known[0], read_bytes), max(known[1], elapsed_us))
+            self._measured[job_id] = slowest(self._measured.get(job_id, measured), measured)
 
     def load_ended(self, job_id: int) -> None:
         """Every rank is done with a load, or it failed."""
         ticket = self._tickets.pop(job_id, None)
-        read_bytes, elapsed_us = self._measured.pop(job_id, (0, 0))
+        read_bytes, elapsed_us, stopped = self._measured.pop(job_id, (0, 0, False))
         if ticket is not None:
-            self._gate.load_ended(ticket, read_bytes, elapsed_us / 1e6)
+            self._gate.load_ended(ticket, read_bytes, elapsed_us / 1e6, stopped=stopped)
 
     def _candidate(self, start: int, stop: int) -> Candidate:
         return Candidate(start, stop, max(_bytes(facts, stop - start) for facts in self._facts))

@@ -17,6 +17,14 @@ from memkv_engines.keys import JsonValue
 from memkv_engines.offload.messages import LoadRun, StoreChunk
 from memkv_engines.offload.planning import OUTCOMES_WORST_FIRST
 
+Measured = tuple[int, int, bool]
+"""Of a load: bytes read, microseconds it took, whether it was stopped."""
+
+
+def slowest(one: Measured, other: Measured) -> Measured:
+    """Two ranks' parts of one load."""
+    return max(one[0], other[0]), max(one[1], other[1]), one[2] or other[2]
+
 
 @dataclass(frozen=True)
 class GroupFacts:
@@ -79,13 +87,13 @@ class WorkerReport(KVConnectorWorkerMetadata):
     Attributes:
         stored: job id -> (ranks that answered, worst outcome per chunk).
         failed: job id -> per run (good leading blocks, kind), the worst over ranks.
-        measured: job id -> bytes and microseconds of a load that tells how fast the tier is, the most over ranks.
+        measured: job id -> what tells how fast the tier is, the slowest over ranks.
         step: the step's number, if it has one.
     """
 
     stored: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     failed: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
-    measured: dict[int, tuple[int, int]] = field(default_factory=dict)
+    measured: dict[int, Measured] = field(default_factory=dict)
     step: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
@@ -105,6 +113,5 @@ class WorkerReport(KVConnectorWorkerMetadata):
             failed[job_id] = tuple(min(a, b) for a, b in zip(old_runs, runs, strict=True))
         measured = dict(self.measured)
         for job_id, most in other.measured.items():
-            known = measured.get(job_id, most)
-            measured[job_id] = (max(known[0], most[0]), max(known[1], most[1]))
+            measured[job_id] = slowest(measured.get(job_id, most), most)
         return WorkerReport(stored, failed, measured, max(self.step, other.step))

@@ -70,6 +70,7 @@ class SchedulerSide:
         self._loads = role_loads and config.policy.load
         self.counters = Counters()
         self._set_failure_policy()
+        self._deciding_transfer = compat.deciding_transfer_config(vllm_config)
         compat.hash_identity(vllm_config)  # refuses unsafe hashes before anything is started
         self._hash_tokens = kv_cache_config.hash_block_size or vllm_config.cache_config.block_size
         self._requests: dict[str, _Tracked] = {}
@@ -291,7 +292,7 @@ class SchedulerSide:
                 planned.append((view.group, run, first, tuple(own[run.position : run.position + run.take])))
         self._load_plans[self._next_load] = _LoadPlan(request.request_id, tuple(planned))
         stop_s = self._gate.load_began(self._next_load, tracked.computed_tokens, total)
-        if self._vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        if self._deciding_transfer.kv_load_failure_policy != "recompute":
             stop_s = 0.0  # vLLM would take a load that was stopped for one that failed, and end the request
         self._meta.loads.append((request.request_id, self._next_load, tuple(sent), stop_s))
         self.counters.add("lookup_hit_tokens", external_tokens)
@@ -411,8 +412,8 @@ class SchedulerSide:
             return
         self._gate.step_ended(report.step if isinstance(report, WorkerReport) else 0)
         if isinstance(report, WorkerReport):
-            for job_id, (read_bytes, elapsed_us) in report.measured.items():
-                self._gate.load_measured(job_id, read_bytes, elapsed_us)
+            for job_id, measured in report.measured.items():
+                self._gate.load_measured(job_id, measured)
         for request_id in output.finished_recving or ():
             for job_id in [j for j, p in self._load_plans.items() if p.request_id == request_id]:
                 if not isinstance(report, WorkerReport) or job_id not in report.failed:

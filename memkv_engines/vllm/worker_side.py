@@ -18,8 +18,10 @@ from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import LoadResult, StoreResult
+from memkv_engines.offload.device_client import DeviceIoClient
+from memkv_engines.offload.direct_client import DirectIoClient
 from memkv_engines.offload.job_client import JobClient
-from memkv_engines.offload.messages import LoadRun, StoreChunk
+from memkv_engines.offload.messages import STOPPED, LoadRun, StoreChunk
 from memkv_engines.vllm import compat, geometry
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
 
@@ -58,7 +60,7 @@ class WorkerSide:
 
         Raises:
             LayoutError: a KV cache we cannot move.
-            ConfigError: the tier cannot be used.
+            ConfigError: the tier cannot be used, or the engine's sleep mode is of a kind that is not known.
             GpuUnavailable: the KV cache lies on a GPU, and no driver or kernels are there to move it.
         """
         config = self._config
@@ -69,7 +71,10 @@ class WorkerSide:
         # The pages must outlive the service: keep the tensors.
         self._kv_caches = kv_caches
         pages = geometry.device_pages(kv_caches)
+        watched = pages is not None and compat.sleeps(self._vllm_config)
         self._client = worker_client(config, specs, stores=self._stores, counters=self.counters, pages=pages)
+        if watched and isinstance(self._client, (DeviceIoClient, DirectIoClient)):
+            compat.watch_sleep(compat.page_allocator(), self._client.suspend, self._client.wake)
         self._client.start()
         log.info(
             "I/O service: %s, %s (%s)", self._client.mode, self._client.ready.tier_name, self._client.ready.mode_reason
@@ -156,7 +161,8 @@ class WorkerSide:
             return  # answered as failed already
         request_id, runs = found
         if result.measures_tier:
-            self._report.measured[result.job_id] = (result.read_bytes, int(result.seconds * 1e6))
+            elapsed_us = int(result.seconds * 1e6)
+            self._report.measured[result.job_id] = (result.read_bytes, elapsed_us, STOPPED in result.kinds)
         if not any(result.kinds):
             self._finished.add(request_id)
             return

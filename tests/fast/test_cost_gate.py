@@ -74,7 +74,7 @@ class World:
             tokens = min(tokens, READERS * CHUNK_TOKENS)
             seconds = self.load_s(tokens)
         self.clock.now += seconds
-        self.gate.load_ended(ticket, tokens * TOKEN_BYTES, seconds)
+        self.gate.load_ended(ticket, tokens * TOKEN_BYTES, seconds, stopped=tokens < candidate.tokens)
         return tokens, seconds
 
     def request(self, start: int, stop: int) -> tuple[Verdict, float]:
@@ -191,6 +191,8 @@ def test_one_bad_minute_is_not_for_ever() -> None:
     for _ in range(5):
         assert world.request(0, 6000)[0].tokens == 6000
     world.mb_per_s = 10
+    assert world.request(0, 6000)[0].tokens == 6000
+    assert world.request(0, 6000)[0].tokens == 0, "one load that was stopped is enough"
     late = sum(world.request(0, 6000)[1] - world.prefill_s(0, 6000) for _ in range(40))
     assert late < 3 * world.load_s(READERS * CHUNK_TOKENS) + 0.1 * 40 * world.prefill_s(0, 6000)
     assert world.request(0, 6000)[0].tokens < 6000
@@ -232,6 +234,25 @@ def test_noise_does_not_make_it_flap(seed: int, ratio: float) -> None:
     assert world.gate.counters["gate_flips"] <= 12
 
 
+def test_ranks_whose_turns_differ_agree_on_a_trial_all_the_same() -> None:
+    """What is loaded is the least that any rank would load."""
+    world = World(20)
+    world.warm_up()
+    world.request(0, 6000)
+    other = CostGate(enabled=True, clock=world.clock)
+    other._load, other._prefill, other._declining = world.gate._load, world.gate._prefill, {13: True}
+    other._next_trial = world.clock.now + 7.0
+    hit, loaded = Candidate(0, 6000, 600 * MB), 0
+    for _ in range(100):
+        world.clock.now += 0.3
+        tokens = min(gate.judge(hit, 16, least).tokens for gate, least in ((world.gate, 512), (other, 256)))
+        if tokens:
+            loaded += 1
+            for gate in (world.gate, other):
+                gate.load_ended(gate.load_began(hit.leading(tokens)), tokens * TOKEN_BYTES, world.load_s(tokens))
+    assert 1 <= loaded <= 100 * 0.3 / TRIAL_PAUSE_S
+
+
 def test_trials_take_a_small_share_of_the_time() -> None:
     world = World(1, tokens_per_s=50_000)
     world.warm_up()
@@ -244,7 +265,7 @@ def test_trials_take_a_small_share_of_the_time() -> None:
     assert 0 < trial_s < 2 * TRIAL_DUTY * 3600
 
 
-def test_loads_before_it_count() -> None:
+def test_a_queue_of_loads_is_measured_and_not_judged() -> None:
     world = World(600, quadratic_s=0.0)
     world.warm_up()
     world.request(0, 1000)
@@ -252,11 +273,15 @@ def test_loads_before_it_count() -> None:
     assert world.load_s(5000) < world.prefill_s(0, 5000) < 2 * world.load_s(5000)
     assert world.gate.judge(hit).reason == "faster"
     ticket = world.gate.load_began(hit)
-    assert world.gate.judge(hit).tokens < 5000
+    assert world.gate.judge(hit).reason == "faster", "without a tier it would wait as well"
     other = world.gate.load_began(hit)
     assert (other.ahead_bytes, other.predicted_s) == (500 * MB, pytest.approx(2 * world.load_s(5000)))
-    world.gate.load_ended(ticket, 100 * MB, 0.2)
+    world.gate.load_ended(ticket, 100 * MB, 100 / 600)
     assert other.ahead_bytes == 100 * MB, "what was stopped was not waited for"
+    assert other.overdue_at == pytest.approx(ticket.overdue_at + other.stop_s)
+    known_s = world.gate._load.seconds(500 * MB)
+    world.gate.load_ended(other, 500 * MB, 600 / 600)
+    assert world.gate._load.seconds(500 * MB) == pytest.approx(known_s, rel=0.02)
 
 
 def test_who_comes_during_the_first_load_waits_for_what_it_tells() -> None:

@@ -289,6 +289,11 @@ class Engine:
             path.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    @property
+    def root(self) -> int:
+        """The process that all others of the engine share their session with."""
+        return self._process.pid
+
     def pids(self) -> list[int]:
         """Returns the engine's processes that run."""
         return session_pids(self._process.pid)

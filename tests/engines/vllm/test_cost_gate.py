@@ -18,6 +18,8 @@ PROMPTS = [tokens_of(900 + number, PROMPT_TOKENS) for number in range(4)]
 SLOW_MB_PER_S = 5.0
 """16 MB take three seconds, which is several times what recomputing takes."""
 TRIES = 8
+QUIET_S = 9.0
+"""After a trial of 2 MiB at that speed there is none for 8.4 s."""
 LOADED = ("gate_faster", "gate_negligible", "gate_unmeasured")
 
 
@@ -30,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Reports:
         for number in range(TRIES):
             again += [
                 reset(),
-                {"do": "nudge", "seconds": 5.2 if not number else 0.1},
+                {"do": "nudge", "seconds": QUIET_S if not number else 0.1},
                 ask(f"again {number}", PROMPTS[:1]),
             ]
         return play(
@@ -79,10 +81,12 @@ def test_a_quick_tier_is_loaded_from_in_full(runs: Reports) -> None:
 def test_a_tier_that_turns_slow_costs_one_load_that_is_stopped(runs: Reports) -> None:
     first, then = runs["slow at first"], runs["slow"]
     assert (decided(first, *LOADED), decided(first, "load_stopped")) == (1, 1)
-    assert first["cached"][0] < LAST_BLOCK
-    assert (decided(then, *LOADED), decided(then, "gate_slower")) == (0, 2)
-    assert then["cached"] == [0, 0]
-    assert decided(then, "gate_declined_tokens") == 2 * LAST_BLOCK
+    # vLLM's own count of cached tokens keeps those that did not come.
+    assert 0 < decided(first, "load_blocks") < LAST_BLOCK // 32
+    # On a slow machine it may be time for a trial.
+    assert (decided(then, *LOADED), decided(then, "gate_slower", "gate_trial")) == (0, 2)
+    assert then["cached"][0] == 0 and then["cached"][1] < LAST_BLOCK
+    assert decided(then, "gate_declined_tokens") == 2 * LAST_BLOCK - sum(then["cached"])
 
 
 def test_a_tier_that_is_well_again_is_noticed(runs: Reports) -> None:
@@ -90,10 +94,11 @@ def test_a_tier_that_is_well_again_is_noticed(runs: Reports) -> None:
     assert decided(tries[0], "gate_trial") == 1
     assert 0 < tries[0]["cached"][0] < LAST_BLOCK
     assert tries[-1]["cached"] == [LAST_BLOCK]
+    assert sum(decided(run, "load_stopped") for run in tries) == 0
 
 
 def test_a_cold_start_on_a_slow_tier_costs_one_load_that_is_stopped(runs: Reports) -> None:
     first, then = runs["cold start"], runs["cold start, then"]
     assert (decided(first, "gate_unmeasured"), decided(first, "load_stopped")) == (1, 1)
-    assert 0 < first["cached"][0] < LAST_BLOCK
-    assert (decided(then, *LOADED), decided(then, "gate_slower")) == (0, 3)
+    assert 0 < decided(first, "load_blocks") < LAST_BLOCK // 32
+    assert (decided(then, *LOADED), decided(then, "gate_slower", "gate_trial")) == (0, 3)
