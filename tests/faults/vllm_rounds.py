@@ -29,6 +29,7 @@ PROMPT_TOKENS = 1400
 PROBE_TIMEOUT_S, LOAD_TIMEOUT_S, FENCE_TIMEOUT_S = 1.0, 1.5, 0.5
 # What the connector may make a request wait for, and what a busy machine needs to answer it.
 DEADLINE_S = PROBE_TIMEOUT_S + LOAD_TIMEOUT_S + FENCE_TIMEOUT_S + 10.0
+BEHIND_S = 0.3
 SETTINGS = {
     "probe_timeout_ms": int(PROBE_TIMEOUT_S * 1000),
     "load_timeout_ms": int(LOAD_TIMEOUT_S * 1000),
@@ -57,6 +58,8 @@ def steps_of(
         armed = {"control": str(injector.control), "fault": fault, "seed": seed + number, "per_1024": per_1024}
         steps += [reset(), *[{"do": "nudge", "seconds": 0.6}] * forgets, {"do": "arm", **armed}]
         steps += [ask(f"{number} under, {i}", [prompt]) for i, prompt in enumerate(every[number])]
+        # For what is stored behind the answer.
+        steps += [{"do": "nudge", "name": f"{number} behind", "seconds": BEHIND_S}]
         steps += [{"do": "disarm", "name": f"{number} injected"}, {"do": "await_service", "name": f"{number} back"}]
         steps += [settle(f"{number} settled"), reset(), ask(f"{number} after", every[number]), settle()]
         if FAULTS[fault].looks_full:
@@ -85,7 +88,8 @@ def rows_of(reports: Reports, plan: Sequence[tuple[str, int]]) -> list[Row]:
             a != b for a, b in zip([*(u["tokens"][0] for u in under), *after["tokens"]], 2 * expected, strict=True)
         )
         row.longest_wait_s = max(u["seconds"] for u in under)
-        for report in (*under, reports[f"{number} back"], reports[f"{number} settled"], after):
+        later = [reports[f"{number} {name}"] for name in ("behind", "back", "settled")]
+        for report in (*under, *later, after):
             row.detected += sum(misses(report).values()) + sum(report["counted"].get(name, 0) for name in LOST)
             row.dead_engines += report["counted"].get("boundary_errors", 0)
         rows.append(row)
