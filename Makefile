@@ -10,8 +10,8 @@ DEVICE := .venvs/device/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test faults lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
-	kernels test-kernels sass-table test-gpu bench-gpu
+.PHONY: help demo demo-sglang test faults trust lint format bench-tier bench-protection bench-vllm bench-sglang env-dev env-vllm env-sglang env-device clean \
+	compare bench-recompute-tax env-lmcache kernels test-kernels sass-table test-gpu bench-gpu
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,14 @@ faults: env-dev env-vllm env-sglang ## every fault against every door, at length
 	@$(VLLM) -m tests.environments.models tiny-llama
 	@$(SGLANG) -m tests.environments.sglang_models tiny-sg-llama
 	@$(DEV) -m tests.faults $(ARGS)
+
+trust: env-dev env-vllm env-sglang ## contention, hostile inputs, capacity, tenants, at length; build/*.json (two hours)
+	@$(VLLM) -m tests.environments.models tiny-llama
+	@$(SGLANG) -m tests.environments.sglang_models tiny-sg-llama
+	@$(DEV) -m tests.trust.hostile
+	@$(DEV) -m tests.trust.capacity
+	@$(DEV) -m tests.trust.tenants
+	@$(VLLM) -m tests.trust.contention
 
 test-kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
 	@$(DEVICE) -m pytest tests/kernels $(ARGS)
@@ -70,6 +78,15 @@ bench-sglang: env-sglang ## conversations in SGLang: no storage, its own file ba
 	@$(SGLANG) -m tests.environments.models smollm2
 	@$(SGLANG) -m benchmarks.bench_sglang $(ARGS)
 
+compare: env-dev env-vllm env-sglang env-lmcache ## peers in one run: vLLM, SGLang and LMCache's own, and ours; writes benchmarks/RESULTS.md (about 25 minutes)
+	@$(VLLM) tests/environments/models.py smollm2
+	@$(SGLANG) -m tests.environments.models smollm2
+	@$(DEV) -m benchmarks.compare $(ARGS)
+
+bench-recompute-tax: env-vllm ## what share of prefill goes to tokens computed before, with and without us (about 5 minutes)
+	@$(VLLM) tests/environments/models.py smollm2
+	@$(VLLM) -m benchmarks.bench_recompute_tax $(ARGS)
+
 env-dev:
 	@$(PYTHON) tests/environments/build.py dev
 
@@ -81,6 +98,9 @@ env-sglang:
 
 env-device:
 	@$(PYTHON) tests/environments/build.py device
+
+env-lmcache:
+	@$(PYTHON) tests/environments/build.py lmcache
 
 clean: ## remove environments, models, logs and caches
 	rm -rf .venvs .models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

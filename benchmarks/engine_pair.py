@@ -56,7 +56,7 @@ def usage_of(engine: Engine) -> Usage:
 
 
 @contextmanager
-def engine_pair(spec: EngineSpec, tier: Path, logs: Path, name: str) -> Iterator[dict[str, Engine]]:
+def engine_pair(spec: EngineSpec, tier: Path, logs: Path, name: str, **connector: str) -> Iterator[dict[str, Engine]]:
     """Starts both engines at once and ends them afterwards.
 
     Args:
@@ -64,11 +64,12 @@ def engine_pair(spec: EngineSpec, tier: Path, logs: Path, name: str) -> Iterator
         tier: The directory of the other one's tier.
         logs: Folder for the engines' output.
         name: Begins the logs' names.
+        **connector: Further configuration of the connector.
 
     Yields:
         The engines by `SIDES`.
     """
-    specs = {ALONE: spec, CONNECTED: replace(spec, connector={"path": str(tier)})}
+    specs = {ALONE: spec, CONNECTED: replace(spec, connector={"path": str(tier), **connector})}
     with ExitStack() as stack:
         engines = {side: Engine(specs[side], logs / f"{name}-{side}.log") for side in SIDES}
         for engine in engines.values():

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class EngineSpec:
         arguments: Further arguments of `vllm.LLM`.
         connector: The connector's own configuration; None for an engine without one.
         environment: Further variables of the process.
+        kv_transfer: `kv_transfer_config` of another connector than ours; None for ours or none.
+        python: The interpreter, for an engine in another environment; by default this one.
     """
 
     model: str
@@ -51,6 +54,8 @@ class EngineSpec:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     connector: Mapping[str, Any] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    kv_transfer: Mapping[str, Any] | None = None
+    python: str = sys.executable
 
     def llm_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `vllm.LLM`."""
@@ -70,6 +75,8 @@ class EngineSpec:
                 "kv_role": "kv_both",
                 "kv_connector_extra_config": dict(self.connector),
             }
+        elif self.kv_transfer is not None:
+            arguments["kv_transfer_config"] = {"kv_role": "kv_both", **self.kv_transfer}
         return arguments
 
 
@@ -117,14 +124,16 @@ class Engine:
     Args:
         spec: What to start.
         log: Where the engine's output goes; overwritten.
+        timeout_s: Seconds after which an engine that has not started or not answered is killed; None waits for ever.
     """
 
-    def __init__(self, spec: EngineSpec, log: Path) -> None:
+    def __init__(self, spec: EngineSpec, log: Path, *, timeout_s: float | None = None) -> None:
         self._log = log
+        self._timeout_s = timeout_s
         log.parent.mkdir(parents=True, exist_ok=True)
         request_read, request_write = os.pipe()
         answer_read, answer_write = os.pipe()
-        command = [sys.executable, "-m", "benchmarks.engine_run", str(request_read), str(answer_write)]
+        command = [spec.python, "-m", "benchmarks.engine_run", str(request_read), str(answer_write)]
         overrides = {"VLLM_CPU_OMP_THREADS_BIND": spec.threads, "PYTHONUNBUFFERED": "1", **spec.environment}
         started = time.monotonic()
         with log.open("w") as output:
@@ -174,9 +183,26 @@ class Engine:
         batch = self.generate([prompt], max_tokens)
         return batch.answers[0], batch.external_tokens
 
+    @property
+    def pid(self) -> int:
+        """The process that has all others of the engine as descendants, in a session of its own."""
+        return self._process.pid
+
+    def try_reset_prefix_cache(self, *, connector: bool = False) -> bool:
+        """Makes the engine forget its local prefix cache, and with `connector` what its connector forgets then.
+
+        Returns:
+            Whether it did; it refuses while blocks are in use, also by stores of requests that were answered.
+        """
+        return bool(self._call("reset_prefix_cache", connector=connector)["done"])
+
     def reset_prefix_cache(self) -> None:
-        """Makes the engine forget its local prefix cache, and only that."""
-        if not self._call("reset_prefix_cache")["done"]:
+        """Makes the engine forget its local prefix cache, and only that.
+
+        Raises:
+            EngineFailed: It refused.
+        """
+        if not self.try_reset_prefix_cache():
             raise EngineFailed("the engine refused to reset its prefix cache: requests are still running")
 
     def metrics(self) -> dict[str, float]:
@@ -219,13 +245,34 @@ class Engine:
             self._requests.flush()
 
     def _receive(self, command: str) -> dict[str, Any]:
-        line = self._answers.readline()
+        with self._deadline():
+            line = self._answers.readline()
         if not line:
             raise EngineFailed(f"the engine's process ended during {command!r}\n{tail_of(self._log)}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineFailed(f"{command!r} failed: {answer['error']}\n{tail_of(self._log)}")
         return answer
+
+    @contextlib.contextmanager
+    def _deadline(self) -> Iterator[None]:
+        """Kills an engine that is late, so that reading its answer ends."""
+        if self._timeout_s is None:
+            yield
+            return
+
+        def kill() -> None:
+            with self._log.open("a") as log:
+                log.write(f"\nno answer within {self._timeout_s:.0f} s: killed\n")
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(self._timeout_s, kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def __enter__(self) -> Engine:
         try:
@@ -300,8 +347,8 @@ class _Session:
             "external_tokens": self._external_tokens() - external_before,
         }
 
-    def reset_prefix_cache(self) -> dict[str, Any]:
-        return {"done": self._llm.reset_prefix_cache()}
+    def reset_prefix_cache(self, connector: bool) -> dict[str, Any]:
+        return {"done": self._llm.reset_prefix_cache(reset_connector=connector)}
 
     def metrics(self) -> dict[str, Any]:
         values: dict[str, float] = {}

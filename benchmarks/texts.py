@@ -35,7 +35,7 @@ def documents(count: int, min_chars: int) -> list[Document]:
     found: list[Document] = []
     titles: list[str] = []
     bodies: list[str] = []
-    for chapter in _chapters():
+    for chapter in chapters():
         titles.append(chapter.title)
         bodies.append(chapter.body)
         if sum(map(len, bodies)) >= min_chars:
@@ -46,7 +46,7 @@ def documents(count: int, min_chars: int) -> list[Document]:
     raise LookupError(f"found only {len(found)} of {count} documents of {min_chars} characters")
 
 
-def _chapters() -> Iterator[Document]:
+def chapters() -> Iterator[Document]:
     """Yields the language reference, longest chapter first, then the docstrings of the standard library."""
     try:
         from pydoc_data.topics import topics

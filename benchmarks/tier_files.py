@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.raw_limit import THREADS, huge_buffer, timed
-from memkv_engines.chunk.codec import ChunkHeader, decode_header
+from memkv_engines.chunk.codec import ChunkHeader, read_header
 from memkv_engines.errors import ChunkForeign
 from memkv_engines.keys import ChunkName
 from memkv_engines.limits import MIB
@@ -31,7 +31,7 @@ class ChunkFile:
     def header(self) -> ChunkHeader:
         """Returns the chunk's decoded header."""
         with self.path.open("rb") as file:
-            return decode_header(file.read(MAX_HEADER_BYTES))
+            return read_header(file.read(MAX_HEADER_BYTES))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,13 @@ from memkv_engines.limits import (
     MIN_CHUNK_TARGET_BYTES,
 )
 from memkv_engines.secret import SecretKey, parse_key, read_key_file
+
+# What PyYAML raises besides its own errors: for dates and numbers that are none, and lists in lists in lists.
+_YAML_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+# A YAML file of a few lines can nest one list into another a billion times.
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 1000, 1000, 1000
 
 ENV_PREFIX = "MEMKV_ENGINES_"
 KEY_VARIABLE = f"{ENV_PREFIX}PROTECTION_KEY"
@@ -261,7 +269,8 @@ def _resolve(key: str, source: str) -> tuple[str, str]:
     if key not in _KEYS:
         if key == CONFIG_FILE_KEY:
             raise ConfigError(f"key {key!r} in {source}: one file cannot name another; put the keys here")
-        near = difflib.get_close_matches(str(key), [*_KEYS, CONFIG_FILE_KEY], n=1, cutoff=0.0)
+        key = str(key)[: _short.maxstring]
+        near = difflib.get_close_matches(key, [*_KEYS, CONFIG_FILE_KEY], n=1, cutoff=0.0)
         raise ConfigError(f"unknown key {key!r} in {source}: did you mean {near[0]!r}? Known keys: {sorted(_KEYS)}")
     return _KEYS[key]
 
@@ -274,7 +283,8 @@ def _convert(spec: dataclasses.Field[Any], raw: Any, source: str) -> Any:
     kind = str(spec.type)
 
     def reject(why: str) -> ConfigError:
-        return ConfigError(f"key {spec.name!r} in {source} has value {raw!r}: {why}. It is: {spec.metadata['help']}")
+        value = _short.repr(raw)
+        return ConfigError(f"key {spec.name!r} in {source} has value {value}: {why}. It is: {spec.metadata['help']}")
 
     value: Any
     if kind == "bool":
@@ -312,7 +322,7 @@ def _convert(spec: dataclasses.Field[Any], raw: Any, source: str) -> Any:
 def _read_yaml(file_name: str) -> Mapping[str, Any]:
     try:
         body = yaml.safe_load(Path(file_name).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, *_YAML_ERRORS) as error:
         raise ConfigError(f"{CONFIG_FILE_KEY}={file_name!r} cannot be read as YAML: {error}") from error
     if body is None:
         return {}

@@ -40,7 +40,7 @@ class Namespace:
             raise IdentityError(f"namespace fields need text keys and format version {FORMAT_VERSION}: {body}")
         try:
             text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise IdentityError(f"namespace fields are not plain JSON values: {error}") from error
         object.__setattr__(self, "canonical_json", text.encode("ascii"))
         object.__setattr__(self, "digest", hashlib.sha256(self.canonical_json).digest())

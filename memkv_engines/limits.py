@@ -194,6 +194,18 @@ MAX_REMEMBERED_WALKS = 64
 CLEAR_TIMEOUT_S = 60.0
 """Longest that SGLang waits for the removal of a namespace."""
 
+# --- LMCache -----------------------------------------------------------------
+MAX_OBJECT_SIZES = 8
+"""Sizes of LMCache's objects that one process moves; each has an I/O service and staging of its own."""
+MAX_OBJECT_JOB_BYTES = 1 * GIB
+"""Objects of a load that go to the I/O service at a time: what ``load_timeout_ms`` must be enough for."""
+SMALL_OBJECT_BYTES = MIN_CHUNK_TARGET_BYTES
+"""Objects below this are stored, with a line in the log that LMCache's chunk size should be larger."""
+BAD_OBJECT_S = 60.0
+"""An object that failed to load is not found again for so long, unless it is stored anew."""
+MAX_REMEMBERED_LAYOUTS = 1024
+"""Namespaces and layouts of objects that one process keeps in mind."""
+
 # --- patches for engines -------------------------------------------------------
 MAX_PATCH_BYTES = MIB
 MAX_PATCHED_FILE_BYTES = 16 * MIB

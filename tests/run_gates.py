@@ -105,6 +105,15 @@ GATES = (
         settings={**engine_env.engine_settings(), **engine_env.sglang_settings()},
     ),
     Gate(
+        name="lmcache",
+        proves="both doors into a real LMCache; vLLM on a CPU with LMCache's connector and server, restarted",
+        budget_s=420,
+        environment="lmcache",
+        tests="tests/engines/lmcache",
+        models=("tiny-llama",),
+        settings=engine_env.engine_settings(),
+    ),
+    Gate(
         name="kernels",
         proves="the GPU path without a GPU: real PTX on the CPU, the mover on a fake driver, the real NIXL and kvikio",
         budget_s=480,
@@ -113,7 +122,7 @@ GATES = (
     ),
     Gate(
         name="benchmarks",
-        proves="the demo and the vLLM benchmark still run (tiny; they judge nothing)",
+        proves="the demo, the vLLM benchmarks and the comparison still run (tiny; they judge nothing)",
         budget_s=900,
         environment="vllm",
         tests="tests/engines/benchmarks",

@@ -35,16 +35,19 @@ class Tile:
         base: address of the piece of block 0, in bytes.
         block_stride_bytes: distance from block b to block b + 1.
         length_bytes: bytes that move.
+        in_arena: the ids of blocks are places in memory that an allocator hands out, ``block_stride_bytes`` apart; it
+            keeps blocks that are in use from overlapping, so that the length may exceed the stride.
     """
 
     base: int
     block_stride_bytes: int
     length_bytes: int
+    in_arena: bool = False
 
     def __post_init__(self) -> None:
         if self.base < 0 or self.length_bytes <= 0:
             raise LayoutError(f"impossible tile: base={self.base} length_bytes={self.length_bytes}")
-        if self.block_stride_bytes < self.length_bytes:
+        if self.block_stride_bytes < (1 if self.in_arena else self.length_bytes):
             raise LayoutError(
                 f"tile of {self.length_bytes} B overlaps the next block: block_stride_bytes={self.block_stride_bytes}"
             )
@@ -115,6 +118,7 @@ class KVLayout:
 def _follows(first: Tile, second: Tile) -> bool:
     return (
         first.block_stride_bytes == second.block_stride_bytes
+        and not (first.in_arena or second.in_arena)
         and first.base + first.length_bytes == second.base
         and first.length_bytes + second.length_bytes <= first.block_stride_bytes
     )

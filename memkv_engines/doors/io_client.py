@@ -20,7 +20,7 @@ from memkv_engines.offload.huge_pages import advise_huge_pages
 from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import GroupSpec, Setup
 from memkv_engines.offload.pinned import PinnedStaging
-from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import open_directories
 from memkv_engines.transports.select import GPU, Policy, TransportPlan, plan
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def worker_client(
         advise_huge_pages(groups)
         return make_client(groups)
     policy = Policy.of(config)
-    chosen = plan(policy, split_paths(config.tier.path)[0], on_gpu=True, threads=config.io.io_threads)
+    chosen = plan(policy, *split_paths(config.tier.path), on_gpu=True, threads=config.io.io_threads)
     log.info(
         "KV cache on a GPU: %s, staged in %s memory (%s)", chosen.decision.kind, chosen.decision.medium, chosen.reason
     )
@@ -109,11 +109,8 @@ def _direct_client(
     counters: Counters | None,
 ) -> DirectIoClient:
     slots = _device_slots(groups, slots_needed(config.io.io_threads))
-    paths = split_paths(config.tier.path)
-    if len(paths) > 1:
-        raise ConfigError(f"path={config.tier.path!r}: GPUDirect with several directories is not supported yet")
-    tier = DirectoryTier(
-        paths[0],
+    tier = open_directories(
+        split_paths(config.tier.path),
         direct_io=config.tier.direct_io,
         capacity_bytes=config.tier.capacity_bytes,
         read_only=not stores,

@@ -52,6 +52,11 @@ class BlockingClient:
         """Where the service runs and which transport it took."""
         return f"{self._client.mode}, {self._client.ready.tier_name} ({self._client.ready.mode_reason})"
 
+    @property
+    def is_up(self) -> bool:
+        """Whether there is a service; one that was lost is started again."""
+        return self._client.mode != "down"
+
     def start(self) -> None:
         """Start the service; errors as in ``IoClient.start``. To be called on the process's main thread."""
         self._client.start()

@@ -19,7 +19,7 @@ from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.device_loads import DeviceLoads
 from memkv_engines.offload.device_stores import DeviceStores
 from memkv_engines.offload.messages import GroupSpec, LoadRun, Manifest, Probe, ProbeDone, Ready, StoreChunk
-from memkv_engines.offload.moving import Mover
+from memkv_engines.offload.moving import Mover, pause_quietly, wake_quietly
 from memkv_engines.offload.pinned import PinnedStaging
 
 log = get_logger(__name__)
@@ -99,6 +99,23 @@ class DeviceIoClient:
         if not self._mover.close():
             # A copy that comes late must not meet memory that has become something else.
             _left_behind.append(self._staging)
+
+    def suspend(self) -> None:
+        """Before the engine unmaps its pages: on return nothing touches them, until ``wake``. Blocking, bounded.
+
+        Copies under way are waited for; then pinned and device memory are given back. Chunks that were gathered are
+        written; whatever else is asked for meanwhile fails, which is a miss.
+
+        Raises:
+            GpuOverdue: copies have not ended: the pages must stay mapped. No new copy is started until ``wake``.
+        """
+        self._stores.drain(self._fence_timeout_s)
+        self._loads.drain(self._fence_timeout_s)
+        pause_quietly(self._mover, self._fence_timeout_s)
+
+    def wake(self) -> None:
+        """The pages are mapped again, at their old addresses. Where we get no memory, all stays a miss."""
+        wake_quietly(self._mover)
 
     # --- jobs ----------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from memkv_engines.errors import ConfigError, GpuError, MemKVError, TransferOver
 from memkv_engines.limits import ALIGN_BYTES, GDS_TASK_BYTES, MAX_BLOCKS_PER_CHUNK, MIN_STAGING_SLOTS
 from memkv_engines.offload.moving import DeviceSlot, SlotMover
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import StripedTier
 from memkv_engines.transports.base import DeviceView
 
 _HEADER_BYTES = Geometry(MAX_BLOCKS_PER_CHUNK, 1, 1).header_bytes
@@ -65,8 +66,9 @@ class DeviceSlots:
         self._rooms = [view[i * _HEADER_BYTES : (i + 1) * _HEADER_BYTES] for i in range(slots)]
         self._withheld: list[tuple[DirectSlot, Callable[[], bool]]] = []
         self._lock = threading.Lock()
+        self._registered: int | None = None
 
-    def prepare(self, tier: DirectoryTier) -> None:
+    def prepare(self, tier: DirectoryTier | StripedTier) -> None:
         """Register the device memory with the tier's transport, and let it prove there that it moves such memory.
 
         Raises:
@@ -79,6 +81,7 @@ class DeviceSlots:
             start = min(slot.address for slot in taken)
             stop = max(slot.address + slot.size_bytes for slot in taken)
             tier.register_memory(start, stop - start, device=self._device)
+            self._registered = start
             piece = min(taken[0].size_bytes, taken[1].size_bytes, GDS_TASK_BYTES) // ALIGN_BYTES * ALIGN_BYTES
             tier.prove([DeviceView(slot.address, piece, self._device) for slot in taken[:2]])
         except (MemKVError, OSError) as error:
@@ -88,6 +91,26 @@ class DeviceSlots:
         finally:
             for slot in taken:
                 self._mover.release_slot(slot)
+
+    def leave(self, tier: DirectoryTier | StripedTier) -> None:
+        """Take the device memory back from the tier's transport, so that it may be freed. No slot may be in use.
+
+        Raises:
+            TransportError: it is not given back.
+        """
+        start, self._registered = self._registered, None
+        if start is not None:
+            tier.deregister_memory(start)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the transport knows the memory."""
+        return self._registered is not None
+
+    @property
+    def all_free(self) -> bool:
+        """Whether no slot is in use or withheld."""
+        return sum(self.left) == self._slots
 
     def try_acquire(self, *, for_loads: bool) -> DirectSlot | None:
         """A slot that neither device nor transport touches, or None at once. Its content is what the last user left.

@@ -25,6 +25,7 @@ from memkv_engines.offload.load_jobs import LoadJobs
 from memkv_engines.offload.messages import Load, Ready, Reply, Request, Setup, Store
 from memkv_engines.offload.moving import SlotMover
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import StripedTier
 
 
 class DirectBackend:
@@ -45,7 +46,7 @@ class DirectBackend:
     def __init__(
         self,
         setup: Setup,
-        tier: DirectoryTier,
+        tier: DirectoryTier | StripedTier,
         mover: SlotMover,
         slots: DeviceSlots,
         stream: Callable[[], int],

@@ -15,17 +15,18 @@ from collections.abc import Callable
 
 import msgspec
 
-from memkv_engines.errors import ConfigError, IoServiceError
+from memkv_engines.errors import ConfigError, IoServiceError, TransportError
 from memkv_engines.limits import MIN_STAGING_SLOTS
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.device_slots import DeviceSlots
 from memkv_engines.offload.direct_backend import DirectBackend
-from memkv_engines.offload.keeping import Keeper
+from memkv_engines.offload.keeping import start_keepers
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Ready, Setup, StoreChunk
-from memkv_engines.offload.moving import SlotMover
+from memkv_engines.offload.moving import SlotMover, pause_quietly, wake_quietly
 from memkv_engines.tier.directory import DirectoryTier
+from memkv_engines.tier.striped import StripedTier
 
 log = get_logger(__name__)
 
@@ -60,7 +61,7 @@ class DirectIoClient:
     def __init__(
         self,
         setup: Setup,
-        tier: DirectoryTier,
+        tier: DirectoryTier | StripedTier,
         mover: SlotMover,
         slots: int,
         *,
@@ -92,10 +93,12 @@ class DirectIoClient:
             counters=self.counters,
         )
         # Whoever reserves room is told of pressure: that is this process.
-        self._keeper = None if setup.read_only else Keeper(tier)
-        self._closed = False
+        self._keepers = [] if setup.read_only else start_keepers(tier)
+        self._closed = self._asleep = False
 
     def _make_service(self, setup: Setup) -> DirectBackend:
+        if self._asleep:
+            raise IoServiceError("the engine sleeps")
         if self._service is not None and not self._service.ended:
             raise IoServiceError("a thread still hangs in a transfer")
         self._service = DirectBackend(setup, self._tier, self._mover, self._slots, self._stream, self._fence_timeout_s)
@@ -131,18 +134,52 @@ class DirectIoClient:
         if self._closed:
             return
         self._closed = True
-        if self._keeper is not None:
-            self._keeper.stop()
+        for keeper in self._keepers:
+            keeper.stop()
         self._jobs.close()
         self._finder.close()
-        deadline = time.monotonic() + self._fence_timeout_s
-        while self._service is not None and not self._service.ended and time.monotonic() < deadline:
-            time.sleep(_SLICE_S)
+        self._await_threads()
         if (self._service is None or self._service.ended) and not self._slots.withheld:
             self._tier.close()
         else:
             log.error("a transfer has not ended: %s and its memory stay open", self._tier.name)
         self._mover.close()
+
+    def _await_threads(self) -> None:
+        deadline = time.monotonic() + self._fence_timeout_s
+        while self._service is not None and not self._service.ended and time.monotonic() < deadline:
+            time.sleep(_SLICE_S)
+
+    def suspend(self) -> None:
+        """Before the engine unmaps its pages: on return nothing touches them, until ``wake``. Blocking, bounded.
+
+        Loads are given up and chunks that are not yet written are lost. Device memory is given back, but where a
+        transfer hangs: that touches our memory only.
+
+        Raises:
+            GpuOverdue: copies have not ended: the pages must stay mapped. No new copy is started until ``wake``.
+        """
+        self._asleep = True
+        self._jobs.abandon("the engine sleeps")
+        self._await_threads()
+        try:
+            if self._slots.all_free:
+                self._slots.leave(self._tier)
+        except TransportError as error:
+            log.warning("%s keeps our memory: %s", self._tier.name, error)
+        pause_quietly(self._mover, self._fence_timeout_s)
+
+    def wake(self) -> None:
+        """The pages are mapped again, at their old addresses. Where something is not to be had, all stays a miss."""
+        if not wake_quietly(self._mover):
+            return
+        try:
+            if not self._slots.is_prepared:
+                self._slots.prepare(self._tier)
+        except ConfigError as error:
+            log.error("the engine is awake, and nothing is stored or loaded any more: %s", error)
+            return
+        self._asleep = False
 
     # --- jobs ----------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class Group:
         Raises:
             LayoutError: tiles do not add up to the block.
         """
-        tiles = [Tile(t.base, t.block_stride_bytes, t.length_bytes) for t in spec.tiles]
+        tiles = [Tile(t.base, t.block_stride_bytes, t.length_bytes, t.in_arena) for t in spec.tiles]
         layout = KVLayout.plan(spec.num_blocks, tiles)
         if layout.block_bytes != spec.block_bytes:
             raise LayoutError(f"tiles hold {layout.block_bytes} B, the block {spec.block_bytes} B")

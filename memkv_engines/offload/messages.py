@@ -19,6 +19,7 @@ class TileSpec(msgspec.Struct, frozen=True, array_like=True):
     base: int
     block_stride_bytes: int
     length_bytes: int
+    in_arena: bool = False
 
 
 class GroupSpec(msgspec.Struct, frozen=True):
@@ -133,6 +134,7 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     With ``anywhere`` chunks may start at any block, not only on the engine's grid: the first ``wanted`` hashes come
     before what is asked for, only because a chunk that covers it may begin there (at most ``largest_chunk`` blocks
     back), and a walk goes on behind a chunk it diverges from. With ``survey`` it also goes on behind a missing block.
+    With ``exact`` only full chunks count, which costs no listing.
     """
 
     probe_id: int
@@ -147,6 +149,7 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
     wanted: int = 0
     largest_chunk: int = 0
     survey: bool = False
+    exact: bool = False
 
     def numbered(self, probe_id: int) -> Probe:
         """The same with another id."""

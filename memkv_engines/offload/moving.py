@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from memkv_engines.errors import GpuError
+from memkv_engines.errors import GpuError, GpuOverdue
 from memkv_engines.log import get_logger
 from memkv_engines.offload.pinned import PinnedSlot
 
@@ -40,6 +40,12 @@ class Mover(Protocol):
         self, group: int, payload_address: int, block_ids: npt.ArrayLike, *, after_stream: int
     ) -> Ticket | None:
         """Slot to pages; None where nothing is free."""
+
+    def pause(self, timeout_s: float) -> None:
+        """Take no new work, drain, free memory; see ``gpu.mover.DeviceMover.pause``."""
+
+    def resume(self) -> None:
+        """Take work again."""
 
     def close(self) -> bool:
         """Drain and end; False where work is left that may still touch the staging."""
@@ -95,8 +101,38 @@ class SlotMover(Protocol):
     ) -> DigestTicket:
         """Digest blocks in a slot."""
 
+    def pause(self, timeout_s: float) -> None:
+        """Take no new work, drain, free memory; see ``gpu.mover.DeviceMover.pause``."""
+
+    def resume(self) -> None:
+        """Take work again."""
+
     def close(self) -> bool:
         """Drain and end; device memory of slots that are held is left allocated: False then."""
+
+
+def pause_quietly(mover: Mover | SlotMover, timeout_s: float) -> None:
+    """Pause a mover: on return no page is touched, though memory of ours may be left allocated (the log says why).
+
+    Raises:
+        GpuOverdue: pages may still be touched.
+    """
+    try:
+        mover.pause(timeout_s)
+    except GpuOverdue:
+        raise
+    except GpuError as error:
+        log.warning("the engine sleeps, and memory of ours stays allocated: %s", error)
+
+
+def wake_quietly(mover: Mover | SlotMover) -> bool:
+    """Let a mover work again; False where it cannot (the log says why): it refuses everything then."""
+    try:
+        mover.resume()
+    except GpuError as error:
+        log.error("the engine is awake, and nothing is stored or loaded any more: %s", error)
+        return False
+    return True
 
 
 @dataclass(frozen=True)

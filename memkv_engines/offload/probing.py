@@ -47,6 +47,8 @@ class ChainWalk:
         self._need_from = probe.need_from - probe.start
         self._shards = [Shard(*s).text for s in probe.shards]
         self._listings = _MAX_LISTINGS_ANYWHERE if probe.anywhere else _MAX_VARIANT_LISTINGS
+        if probe.exact:
+            self._listings = 0
         if self._full < 1 or not self._shards or probe.start < 0 or not 0 <= probe.wanted <= len(self._hashes):
             raise IoServiceError("malformed probe")
 

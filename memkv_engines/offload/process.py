@@ -84,7 +84,7 @@ def open_tier(setup: Setup) -> DirectoryTier | StripedTier:
         capacity_bytes=setup.capacity_bytes,
         read_only=setup.read_only,
         eviction=setup.eviction,
-        transport=plan(policy, paths[0], on_gpu=setup.kv_on_gpu, threads=setup.io_threads),
+        transport=plan(policy, *paths, on_gpu=setup.kv_on_gpu, threads=setup.io_threads),
     )
 
 

@@ -12,7 +12,17 @@ from typing import Generic, TypeVar
 from memkv_engines.errors import MemKVError
 
 # What a job can end with, messages that contradict themselves included. It fails the job, never the thread.
-JOB_ERRORS = (MemKVError, OSError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, struct.error)
+JOB_ERRORS = (
+    MemKVError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    struct.error,
+)
 
 Item = TypeVar("Item")
 

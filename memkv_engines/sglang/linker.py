@@ -73,13 +73,19 @@ class MemKVCacheLinker(UnifiedCacheLinker):
         storage_config = _storage_config(params, self._pool_group.rank_replicated, self._ranks)
         runner = compat.model_runner()
         devices = {name: DevicePool(entry) for name, entry in self.pools.items()}
+        pages = device_pools.device_pages(list(devices.values()), forward_stream)
+        if pages is not None and getattr(server_args, "enable_memory_saver", False):
+            raise ConfigError(
+                "enable_memory_saver=True: SGLang unmaps the KV cache without telling a linker, whose offloads may "
+                "still read it. Start without --enable-memory-saver, or use the hierarchical cache instead"
+            )
         self._stores = PageStores(
             config,
             storage_config,
             [_paged(name, pool, storage_config, config.chunk.chunk_target_bytes) for name, pool in devices.items()],
             identity.weights_of(config, runner),
             getattr(runner, "model_config", None),
-            device_pools.device_pages(list(devices.values()), forward_stream),
+            pages,
             scheduler=compat.scheduler(),
         )
         self._recent = RecentAnswers(config.lookup.miss_ttl_s)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import heapq
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from memkv_engines.errors import (
     TierError,
     TierFull,
     TierUnavailable,
+    TransferOverdue,
     TransportError,
 )
 from memkv_engines.keys import ChunkName, Namespace
@@ -46,6 +48,7 @@ log = get_logger(__name__)
 
 ID_FILE = ".drive"
 _ID_HEX = 32
+_ID = re.compile(rb"[0-9a-fA-F]{%d}" % _ID_HEX)
 
 
 @dataclass
@@ -93,6 +96,7 @@ class StripedTier(Tier):
         self._drives = list(drives)
         self.name = f"striped({', '.join(drive.tier.name for drive in drives)})"
         self.align_bytes = max(drive.tier.align_bytes for drive in drives)
+        self.moves_device_memory = all(drive.tier.moves_device_memory for drive in drives)
         told = [f"{drive.tier.root}: {drive.tier.mode_report.reason}" for drive in drives]
         told += [f"LOST {text}" for text in lost]
         self.mode_report = ModeReport(drives[0].tier.mode_report.mode, "; ".join(told), {}, {})
@@ -119,6 +123,8 @@ class StripedTier(Tier):
                 log.warning(
                     "%s takes no stores, others take its share for %g s: %s", drive.tier.root, DRIVE_DOWN_S, error
                 )
+                if isinstance(error, TransferOverdue):
+                    raise  # What it still reads from must be withheld, and whoever is told of success would not.
         raise failure or TierUnavailable("no drive takes stores")
 
     def open(self, folder: str, name: ChunkName) -> ChunkReader:
@@ -174,6 +180,14 @@ class StripedTier(Tier):
     def scan(self) -> int:
         """As ``DirectoryTier.scan``, over all drives."""
         return sum(drive.tier.scan() for drive in self._drives)
+
+    def prove(self, views: Sequence[View]) -> None:
+        """As ``DirectoryTier.prove``, on every drive that takes stores; the first that fails is told."""
+        for tier in self.directories:
+            try:
+                tier.prove(views)
+            except (MemKVError, OSError) as error:
+                raise TransportError(f"{tier.root}: {error}") from error
 
     def register_memory(self, address: int, length_bytes: int, *, device: int | None = None) -> None:
         for drive in self._drives:
@@ -277,11 +291,9 @@ def drive_seed(path: str, *, may_write: bool) -> int:
 def _read_id(dir_fd: int) -> str | None:
     try:
         data = read_record(dir_fd, ID_FILE, _ID_HEX)
-        text = data.decode("ascii") if data is not None else ""
-        bytes.fromhex(text)
-    except (ChunkForeign, ValueError):
+    except ChunkForeign:
         return None
-    return text if len(text) == _ID_HEX else None
+    return data.decode("ascii") if data is not None and _ID.fullmatch(data) else None
 
 
 def _make_id(dir_fd: int) -> None:

@@ -161,7 +161,7 @@ class GdsTransport(FileTransport[_File]):
             return  # cuFile registers device memory only.
         view = DeviceView(address, length_bytes, device)
         try:
-            self._kvikio.memory_register(view)
+            _registrations.add(view, self._kvikio.memory_register)
         except _ERRORS as error:
             raise TransportError(f"cuFile does not register {length_bytes} B: {_words(error)}") from error
         self._registered[address] = view
@@ -170,7 +170,7 @@ class GdsTransport(FileTransport[_File]):
         view = self._registered.pop(address, None)
         if view is not None:
             try:
-                self._kvikio.memory_deregister(view)
+                _registrations.remove(view, self._kvikio.memory_deregister)
             except _ERRORS as error:
                 raise TransportError(f"cuFile does not deregister memory: {_words(error)}") from error
 
@@ -295,6 +295,32 @@ class GdsTransport(FileTransport[_File]):
                             "GPUDirect needs: align the staging slots"
                         )
             position += view.nbytes
+
+
+class _Registrations:
+    """What cuFile knows of: a matter of the process, where each of several directories has a transport of its own."""
+
+    def __init__(self) -> None:
+        self._users: dict[DeviceView, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, view: DeviceView, register: Callable[[DeviceView], None]) -> None:
+        """Register at its first use; raises what kvikio does."""
+        with self._lock:
+            if view not in self._users:
+                register(view)
+            self._users[view] = self._users.get(view, 0) + 1
+
+    def remove(self, view: DeviceView, deregister: Callable[[DeviceView], None]) -> None:
+        """Deregister after its last use; raises what kvikio does."""
+        with self._lock:
+            self._users[view] -= 1
+            if not self._users[view]:
+                del self._users[view]
+                deregister(view)
+
+
+_registrations = _Registrations()
 
 
 class _Batch:

@@ -29,7 +29,7 @@ def why_unusable(version: str) -> str:
     """What speaks against a version of NIXL, empty for nothing."""
     if not version:
         return "NIXL is not installed: pip install nixl[cu13] (or --no-deps nixl nixl-cu13, where torch is not wanted)"
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < MIN_VERSION:
+    if tuple(int(part) for part in re.findall(r"\d{1,9}", version)[:3]) < MIN_VERSION:
         return f"NIXL {version} reports short reads as done, with stale bytes behind them: install 1.5.0 or later"
     return ""
 

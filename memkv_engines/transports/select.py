@@ -16,11 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memkv_engines.config import Config, load_config
+from memkv_engines.config import Config, load_config, split_paths
 from memkv_engines.errors import ConfigError, MemKVError
 from memkv_engines.limits import ALIGN_BYTES, GDS_PROBE_TIMEOUT_S
 from memkv_engines.transports import gds as gds_module
@@ -167,6 +168,14 @@ def facts_of(folder: str | Path, root: Path = Path("/")) -> Facts:
     )
 
 
+def together(facts: Sequence[Facts]) -> Facts:
+    """What holds for several directories at once: what one of them lacks is lacking, the furthest device counts."""
+    lacks = tuple(dict.fromkeys(lack for one in facts for lack in one.gpudirect_lacks))
+    pairs = {pair: distance for one in facts for pair, distance in one.topology.pairs.items()}
+    known = all(one.topology.pairs for one in facts)
+    return dataclasses.replace(facts[0], gpudirect_lacks=lacks, topology=Topology(pairs if known else {}))
+
+
 def _topology_matrix() -> str:
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -249,10 +258,17 @@ class TransportPlan:
         return GdsTransport(gpudirect=self.decision.kind == GPUDIRECT, direct=direct, threads=self.threads)
 
 
-def plan(policy: Policy, folder: str | Path, *, on_gpu: bool = False, threads: int = 8) -> TransportPlan:
-    """Decide and plan; errors as in ``decide``. Where there is nothing to find out, nothing is looked at."""
+def plan(policy: Policy, *folders: str | Path, on_gpu: bool = False, threads: int = 8) -> TransportPlan:
+    """Decide and plan, once for all folders; errors as in ``decide``.
+
+    Where there is nothing to find out, nothing is looked at. Of several folders those that are not there do not count:
+    a drive that is lost is not what the others cannot do.
+    """
     plain = not on_gpu and policy.transport in ("auto", "posix") and policy.gds != "on"
-    facts = Facts() if plain and policy.staging_medium != GPU else facts_of(folder)
+    if plain and policy.staging_medium != GPU:
+        return TransportPlan(policy, decide(policy, Facts(), on_gpu=on_gpu), threads)
+    there = [folder for folder in folders if os.path.isdir(folder)] or folders[:1]
+    facts = together([facts_of(folder) for folder in there])
     return TransportPlan(policy, decide(policy, facts, on_gpu=on_gpu), threads)
 
 
@@ -272,7 +288,8 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(json.dumps({"error": str(error)}))
         return 1
-    policy, facts = Policy.of(config), facts_of(argv[1])
+    policy = Policy.of(config)
+    facts = together([facts_of(folder) for folder in split_paths(config.tier.path)])
     answers: dict[str, Any] = {"gpudirect_lacks": facts.gpudirect_lacks, "nixl_lacks": facts.nixl_lacks}
     for name, on_gpu in ((HOST, False), (GPU, True)):
         try:

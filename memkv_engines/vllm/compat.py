@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import vllm
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
 
-from memkv_engines.errors import IdentityError, LayoutError
+from memkv_engines.errors import ConfigError, IdentityError, LayoutError
 
 TESTED_VERSIONS = ("0.32",)
 READ_VERSIONS = ("0.33",)
 _FIRST_FIXED_NONE_HASH = (0, 29)
+_SLEEP_BACKEND, _KV_TAG = "cumem", "kv_cache"
 _SAFE_HASHES = ("sha256", "sha256_cbor")
 
 
@@ -125,6 +127,69 @@ def deciding_transfer_config(vllm_config: Any, depth: int = 1) -> Any:
             return outer.kv_transfer_config
         frame = frame.f_back
     return vllm_config.kv_transfer_config
+
+
+def sleeps(vllm_config: Any) -> bool:
+    """Whether the engine may unmap its KV cache (sleep mode, and discarding the cache alone).
+
+    Raises:
+        ConfigError: by a mechanism that is not known here.
+    """
+    model = vllm_config.model_config
+    if not (getattr(model, "enable_sleep_mode", False) or getattr(model, "enable_cumem_allocator", False)):
+        return False
+    backend = getattr(model, "sleep_mode_backend", _SLEEP_BACKEND)
+    if backend != _SLEEP_BACKEND:
+        raise ConfigError(
+            f"sleep_mode_backend={backend!r} is not supported by MemKVConnector: use {_SLEEP_BACKEND!r}, or start "
+            "without --enable-sleep-mode"
+        )
+    return True
+
+
+def watch_sleep(allocator: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Learn of the engine's sleep, which connectors are not told of (0.32), from the allocator of its pages.
+
+    Args:
+        allocator: the process's own, see ``page_allocator``.
+        before: called before pages are unmapped, on the worker's thread; where it raises they stay mapped, and vLLM
+            reports the error to whoever asked for the sleep.
+        after: called when the KV cache is mapped again.
+
+    Raises:
+        ConfigError: the allocator is not the one that is known here.
+    """
+    names = ("sleep", "discard", "wake_up")
+    if not all(callable(getattr(allocator, name, None)) for name in names):
+        raise ConfigError(
+            f"{type(allocator).__name__} of vLLM {vllm.__version__} is not known to MemKVConnector: start without "
+            "--enable-sleep-mode"
+        )
+    sleep, discard, wake_up = (getattr(allocator, name) for name in names)
+
+    def sleep_after_us(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return sleep(*args, **kwargs)
+
+    def discard_after_us(tags: Any) -> Any:
+        if _KV_TAG in ((tags,) if isinstance(tags, str) else tags):
+            before()
+        return discard(tags)
+
+    def wake_up_before_us(tags: Any = None) -> Any:
+        result = wake_up(tags)
+        if tags is None or _KV_TAG in tags:
+            after()
+        return result
+
+    allocator.sleep, allocator.discard, allocator.wake_up = sleep_after_us, discard_after_us, wake_up_before_us
+
+
+def page_allocator() -> Any:
+    """The allocator that unmaps this process's pages."""
+    from vllm.device_allocator import get_mem_allocator_instance
+
+    return get_mem_allocator_instance()
 
 
 def attention_identity(vllm_config: Any, layer_names: list[str]) -> dict[str, str]:

@@ -18,6 +18,8 @@ from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import LoadResult, StoreResult
+from memkv_engines.offload.device_client import DeviceIoClient
+from memkv_engines.offload.direct_client import DirectIoClient
 from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import STOPPED, LoadRun, StoreChunk
 from memkv_engines.vllm import compat, geometry
@@ -58,7 +60,7 @@ class WorkerSide:
 
         Raises:
             LayoutError: a KV cache we cannot move.
-            ConfigError: the tier cannot be used.
+            ConfigError: the tier cannot be used, or the engine's sleep mode is of a kind that is not known.
             GpuUnavailable: the KV cache lies on a GPU, and no driver or kernels are there to move it.
         """
         config = self._config
@@ -69,7 +71,10 @@ class WorkerSide:
         # The pages must outlive the service: keep the tensors.
         self._kv_caches = kv_caches
         pages = geometry.device_pages(kv_caches)
+        watched = pages is not None and compat.sleeps(self._vllm_config)
         self._client = worker_client(config, specs, stores=self._stores, counters=self.counters, pages=pages)
+        if watched and isinstance(self._client, (DeviceIoClient, DirectIoClient)):
+            compat.watch_sleep(compat.page_allocator(), self._client.suspend, self._client.wake)
         self._client.start()
         log.info(
             "I/O service: %s, %s (%s)", self._client.mode, self._client.ready.tier_name, self._client.ready.mode_reason

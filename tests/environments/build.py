@@ -4,6 +4,7 @@
     python tests/environments/build.py vllm    # .venvs/vllm:   the same, and a real vLLM that runs on a CPU
     python tests/environments/build.py sglang  # .venvs/sglang: the same with a real SGLang
     python tests/environments/build.py device  # .venvs/device: as dev, with NIXL, kvikio, cupy and NVRTC; no GPU needed
+    python tests/environments/build.py lmcache # .venvs/lmcache: LMCache on top of .venvs/vllm, which stays as it is
 
 Standard library only, because it runs before anything is installed. An environment is built once and then reused
 until one of its inputs changes; a build that was interrupted is thrown away and made again. What pip prints goes to
@@ -37,6 +38,7 @@ VLLM_SCRIPT = HERE / "vllm_packages.py"
 SGLANG_CONSTRAINTS = HERE / "sglang-constraints.txt"
 SGLANG_SCRIPT = HERE / "sglang_packages.py"
 DEVICE_REQUIREMENTS = HERE / "device-requirements.txt"
+LMCACHE_REQUIREMENTS = HERE / "lmcache-requirements.txt"
 SGLANG_SHIM = ROOT / "tests" / "engines" / "sglang" / "cpu_shim"
 
 TORCH_VERSION = "2.13.0"
@@ -78,6 +80,7 @@ class Environment:
         inputs: Files whose content the base depends on.
         versions: What the base installs, where its steps do not spell it out.
         python_min: The oldest Python it can be built with.
+        on: The environment whose packages it sees beside its own; it is built first.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Environment:
     inputs: tuple[Path, ...] = ()
     versions: tuple[str, ...] = ()
     python_min: tuple[int, int] = (3, 10)
+    on: str = ""
 
     @property
     def path(self) -> Path:
@@ -230,6 +234,28 @@ def check_device_libraries(venv: Path, log: Path) -> None:
     run_logged([python_of(venv), "-c", program], log)
 
 
+def make_layer_on_vllm(venv: Path, log: Path) -> None:
+    """Creates a venv without packages of its own that sees those of the vllm environment, editable ones too."""
+    shutil.rmtree(venv, ignore_errors=True)
+    run_logged([sys.executable, "-m", "venv", "--without-pip", venv], log)
+    packages = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    # A bare path would not read the .pth files that lie there, and so miss this project.
+    line = f"import site; site.addsitedir({str(VENVS / 'vllm' / packages)!r})\n"
+    (venv / packages / "on-vllm.pth").write_text(line)
+
+
+def install_lmcache(venv: Path, log: Path) -> None:
+    """Installs LMCache without what it declares: CUDA's packages, and older releases of what vLLM brings."""
+    pip(venv, log, "install", "--no-deps", "-r", LMCACHE_REQUIREMENTS)
+
+
+def check_lmcache(venv: Path, log: Path) -> None:
+    """Imports both of LMCache's storage interfaces once; only its CUDA library cannot be loaded, and it is optional."""
+    server, client = "lmcache.v1.multiprocess.http_server", "lmcache.integration.vllm.lmcache_mp_connector"
+    program = f"import {server}, {client}, lmcache.v1.storage_backend, opentelemetry.exporter.prometheus, memkv_engines"
+    run_logged([python_of(venv), "-c", program], log)
+
+
 ENVIRONMENTS = {
     "dev": Environment(
         name="dev",
@@ -283,6 +309,14 @@ ENVIRONMENTS = {
         ),
         inputs=(DEVICE_REQUIREMENTS,),
         python_min=(3, 11),
+    ),
+    "lmcache": Environment(
+        name="lmcache",
+        base=(Step("a layer on the vllm environment", make_layer_on_vllm), Step("LMCache", install_lmcache)),
+        project=(Step("import both interfaces", check_lmcache),),
+        inputs=(LMCACHE_REQUIREMENTS,),
+        python_min=(3, 11),
+        on="vllm",
     ),
 }
 
@@ -424,6 +458,8 @@ def build(name: str) -> Path:
     if sys.version_info[:2] < environment.python_min:
         needed = ".".join(map(str, environment.python_min))
         raise BuildError(f"The {name} environment needs Python {needed} or later, as in PYTHON=python{needed}.")
+    if environment.on:
+        build(environment.on)
     with build_lock():
         wanted, found = wanted_stamp(environment), found_stamp(environment)
         if found == wanted:

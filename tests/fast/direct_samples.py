@@ -184,6 +184,18 @@ class LateSlotMover(LateMover):
 
         return once
 
+    def pause(self, timeout_s: float) -> None:
+        self.refuse = "the mover is paused"
+        for ticket in list(self.order):
+            try:
+                ticket.wait(timeout_s)
+            except GpuOverdue:
+                raise
+            except GpuError:
+                assert ticket.ended
+        if any(slot.held for slot in self.all_slots):
+            raise GpuError("slots are held")
+
     def close(self) -> None:
         if not any(slot.held for slot in self.all_slots):
             for ticket in self.order:

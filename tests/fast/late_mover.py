@@ -59,6 +59,7 @@ class LateMover:
         slots: copies that may be under way at a time; more are refused with None.
         looks: how often a ticket is looked at before its work runs.
         refuse: a message makes every call raise it.
+        no_memory: a message makes ``resume`` raise it.
         fail: a message makes every ticket fail with it, after its work.
     """
 
@@ -70,7 +71,7 @@ class LateMover:
         self._region = range(staging.address, staging.address + staging.size_bytes) if staging else range(0)
         self._tickets: list[LateTicket] = []
         self.slots, self.looks = 3, 3
-        self.refuse = self.fail = ""
+        self.refuse = self.fail = self.no_memory = ""
         self.closed = False
 
     def gather(
@@ -82,6 +83,21 @@ class LateMover:
         self, group: int, payload_address: int, block_ids: npt.ArrayLike, *, after_stream: int
     ) -> LateTicket | None:
         return self._queue(group, block_ids, payload_address, after_stream, to_staging=False)
+
+    def pause(self, timeout_s: float) -> None:
+        self.refuse = "the mover is paused"
+        for ticket in self._tickets:
+            try:
+                ticket.wait(timeout_s)
+            except GpuOverdue:
+                raise
+            except GpuError:
+                assert ticket.ended
+
+    def resume(self) -> None:
+        if self.no_memory:
+            raise GpuError(self.no_memory)
+        self.refuse = ""
 
     def close(self) -> bool:
         for ticket in self._tickets:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from memkv_engines.errors import ConfigError
+from memkv_engines.errors import ConfigError, GpuOverdue
 from memkv_engines.limits import MIB
 from memkv_engines.offload.client import LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
@@ -224,3 +224,57 @@ def test_slots_of_groups_do_not_meet() -> None:
     taken.sort(key=lambda r: r.start)
     assert all(one.stop <= other.start for one, other in pairwise(taken))
     assert taken[0].start >= staging.address and taken[-1].stop <= staging.address + staging.size_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------- sleep
+
+
+def test_while_the_engine_sleeps_no_page_is_touched_and_then_all_is_as_before(served: Served) -> None:
+    client, mover = served
+    kept, hashes = chain(N, "kept"), chain(N, "gathered")
+    assert store(client, make_store(POOL, kept, range(N))) == ("stored",)
+    mover.looks, before = 1_000, [POOL.block(page) for page in range(N)]
+    client.submit_store(1, (make_store(POOL, hashes, range(N)),))
+    client.suspend()
+    POOL.memory[:] ^= 0xFF  # other memory altogether
+    asleep = POOL.memory.copy()
+    (result,) = results_of(client)
+    assert isinstance(result, StoreResult) and result.outcomes == ("stored",), "it was gathered before"
+    assert store(client, make_store(POOL, chain(N, "asleep"), range(N))) == ("failed",)
+    (load_kind,) = load(client, make_run(POOL, kept, range(40, 44))).kinds
+    assert load_kind == "io_error"
+    assert (POOL.memory == asleep).all()
+    client.suspend()  # once more is no harm
+    client.wake()
+    mover.looks = 3
+    for prompt in (kept, hashes):
+        assert load(client, make_run(POOL, prompt, range(8, 8 + N))).kinds == ("",)
+        assert [POOL.block(8 + i) for i in range(N)] == before
+    assert all_slots_are_free(client)
+
+
+def test_a_copy_that_does_not_end_keeps_the_engine_awake(served: Served) -> None:
+    client, mover = served
+    mover.looks = 100_000
+    client.submit_store(1, (make_store(POOL, chain(N, "hangs"), range(N)),))
+    with pytest.raises(GpuOverdue):
+        client.suspend()
+    for ticket in mover._tickets:
+        ticket._looks = 0
+    client.wake()
+    mover.looks = 3
+    assert [r.outcomes for r in results_of(client) if isinstance(r, StoreResult)] == [("failed",)]
+    assert store(client, make_store(POOL, chain(N, "after"), range(N))) == ("stored",)
+    assert all_slots_are_free(client)
+
+
+def test_no_memory_at_wake_up_leaves_an_engine_that_misses(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    client, mover = served
+    client.suspend()
+    mover.no_memory = "out of memory"
+    client.wake()
+    assert "nothing is stored or loaded any more: out of memory" in caplog.text
+    assert store(client, make_store(POOL, chain(N, "none"), range(N))) == ("failed",)
+    mover.no_memory = ""
+    client.wake()
+    assert store(client, make_store(POOL, chain(N, "some"), range(N))) == ("stored",)

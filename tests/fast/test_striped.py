@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from memkv_engines.errors import ChunkMissing, TierFull, TierUnavailable
+from memkv_engines.errors import ChunkMissing, TierFull, TierUnavailable, TransferOverdue
 from memkv_engines.keys import ChunkName
 from memkv_engines.limits import ALIGN_BYTES
 from memkv_engines.offload.keeping import start_keepers
@@ -258,6 +258,25 @@ def test_an_ill_drive_is_left_alone_for_a_while(make: Make, paths: list[str], mo
     monkeypatch.setattr(DirectoryTier, "put", counting)
     fill(tier)
     assert len(tries) == 1
+
+
+def test_an_overdue_write_is_told_and_not_tried_elsewhere(
+    make: Make, paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who hears of success would give the memory to others, while the hung drive still reads from it."""
+    tier = make(*paths)
+    home = tier._by_score(number_name(0).first)[0]
+
+    def overdue(*_: object, **__: object) -> None:
+        raise TransferOverdue("it hangs", lambda: False)
+
+    monkeypatch.setattr(home.tier, "put", overdue)
+    with pytest.raises(TransferOverdue):
+        put(tier, number_name(0), noise(PAGE))
+    assert where(paths) == {}
+    assert home.ill
+    put(tier, number_name(0), noise(PAGE))
+    assert found(tier, 1) == {0}
 
 
 def test_what_was_replaced_elsewhere_is_found_before_the_old(

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.engines.vllm.scenario import Reports, Step, ask, misses, play, reset, settle, start, tokens_of
+from tests.engines.vllm.scenario import (
+    LONG_TIMEOUT_S,
+    Reports,
+    Step,
+    ask,
+    misses,
+    play,
+    reset,
+    settle,
+    start,
+    tokens_of,
+)
 from tests.faults.control import FAULTS, Injector
 from tests.faults.rows import CONTROL, Row
 
@@ -95,7 +106,8 @@ def play_rounds(folder: Path, plan: Sequence[tuple[str, int]], seed: int, *, for
     """
     with Injector(folder / "kv") as injector:
         try:
-            reports = play(*steps_of(folder, injector, plan, seed, forgets=forgets))
+            steps = steps_of(folder, injector, plan, seed, forgets=forgets)
+            reports = play(*steps, timeout_s=LONG_TIMEOUT_S)
         except AssertionError as error:
             names = ", ".join(dict.fromkeys(fault for fault, _ in plan))
             return [Row(names, "vllm", rounds=1, injected=injector.injected, dead_engines=1, note=str(error)[-3000:])]

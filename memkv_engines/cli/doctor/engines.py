@@ -14,9 +14,19 @@ AREA = "engines"
 DOORS = (
     ("vllm", ("0.32",), ("0.33",), "--kv-transfer-config with kv_connector MemKVConnector"),
     ("sglang", ("0.5.23",), (), "--hicache-storage-backend dynamic with MemKVHiCache"),
+    ("lmcache", ("0.5.6",), (), "--l2-adapter plugin with MemKVL2Adapter, or storage_plugins with MemKVStoragePlugin"),
 )
 NEEDED = ("numpy", "xxhash", "msgspec", "pyyaml")
-LIBRARIES = ("torch", "lmcache", "cupy-cuda12x", "cupy-cuda13x", "kvikio-cu12", "kvikio-cu13", "nixl-cu12", "nixl-cu13")
+LIBRARIES = (
+    "torch",
+    "cryptography",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "kvikio-cu12",
+    "kvikio-cu13",
+    "nixl-cu12",
+    "nixl-cu13",
+)
 
 
 def version_of(distribution: str) -> str:
@@ -42,7 +52,7 @@ def check() -> Iterator[Finding]:
             AREA, "doors", NOTE, "no engine in this environment", next="run doctor with the engine's own Python"
         )
     others = [f"{name} {version_of(name)}" for name in LIBRARIES if version_of(name)]
-    yield Finding(AREA, "libraries", OK, ", ".join(others) or "none of torch, lmcache, cupy, kvikio, nixl")
+    yield Finding(AREA, "libraries", OK, ", ".join(others) or "none of torch, cryptography, cupy, kvikio, nixl")
 
 
 def _door(name: str, run: tuple[str, ...], checked: tuple[str, ...], option: str) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def check(host: Host) -> Iterator[Finding]:
 
 def _cores(host: Host) -> Finding:
     usable = len(os.sched_getaffinity(0))
-    quota, _, period = host.text("sys/fs/cgroup/cpu.max").partition(" ")
-    limit = int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else float(usable)
+    limits = re.fullmatch(r"(\d{1,15}) ([1-9]\d{0,14})", host.text("sys/fs/cgroup/cpu.max"), re.ASCII)
+    limit = int(limits[1]) / int(limits[2]) if limits else float(usable)
     value = f"{usable} of {os.cpu_count()} usable"
     if limit < usable:
         return Finding(AREA, "cores", NOTE, f"{value}, of which the container may use {limit:g}", "I/O shares them")

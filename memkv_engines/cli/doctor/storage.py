@@ -68,8 +68,11 @@ def mount_of(host: Host, folder: Path) -> tuple[str, str, str]:
     resolved = folder.resolve()
     for line in host.text("proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
-        mount = Path(before.split()[4].replace("\\040", " "))
-        kind, device = after.split()[:2]
+        fields, what = before.split(), after.split()
+        if len(fields) < 5 or len(what) < 2:
+            continue
+        mount = Path(fields[4].replace("\\040", " "))
+        kind, device = what[:2]
         # Later lines cover earlier ones.
         if (resolved == mount or mount in resolved.parents) and len(str(mount)) >= len(best[1]):
             best = (kind, str(mount), device)

@@ -1,4 +1,4 @@
-"""The demo and the vLLM benchmark in their tiny modes: they run, they measure what they claim, they write it down."""
+"""The demo and the vLLM benchmarks in their tiny modes: they run, they measure what they claim, they write it down."""
 
 from __future__ import annotations
 

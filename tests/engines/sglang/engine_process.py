@@ -25,9 +25,10 @@ PR_SET_PDEATHSIG = 1
 restore_timers.install_if_wanted()
 
 
-def generate(engine: Any, input_ids: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+def generate(engine: Any, input_ids: list[int], sampling: dict[str, Any], salt: str = "") -> dict[str, Any]:
     """Answers one prompt."""
-    result = engine.generate(input_ids=input_ids, sampling_params=sampling, return_logprob=True)
+    salted = {"cache_salt": salt} if salt else {}
+    result = engine.generate(input_ids=input_ids, sampling_params=sampling, return_logprob=True, **salted)
     told = result["meta_info"]
     return {
         "tokens": result["output_ids"],

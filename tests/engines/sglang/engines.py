@@ -259,10 +259,10 @@ class Engine:
         self.start_s = time.monotonic() - started
         self._note_shared_memory()
 
-    def generate(self, input_ids: list[int], max_new_tokens: int = 12) -> Answer:
-        """Answers a prompt greedily, with exactly `max_new_tokens` tokens."""
+    def generate(self, input_ids: list[int], max_new_tokens: int = 12, salt: str = "") -> Answer:
+        """Answers a prompt greedily, with exactly `max_new_tokens` tokens; with a cache salt, if one is given."""
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-        return Answer(**self._order({"do": "generate", "input_ids": input_ids, "sampling": sampling}))
+        return Answer(**self._order({"do": "generate", "input_ids": input_ids, "sampling": sampling, "salt": salt}))
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> None:
         """Empties the device's and the host's cache, so that only storage knows prompts answered before.
@@ -288,6 +288,11 @@ class Engine:
         for path in self.shared_memory():
             path.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def root(self) -> int:
+        """The process that all others of the engine share their session with."""
+        return self._process.pid
 
     def pids(self) -> list[int]:
         """Returns the engine's processes that run."""

@@ -6,10 +6,13 @@ Behind SGLang's real radix cache. Nothing here was run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from memkv_engines.errors import ConfigError
+from tests.engines.sglang import radix_caches
 from tests.engines.sglang.radix_caches import Bench, same, sequence
 
 pytest.importorskip("cuda.bindings.driver", reason="the environment lacks cuda-bindings: build it again")
@@ -75,3 +78,16 @@ def test_a_flipped_bit_is_a_recompute(on_gpu: FakeGpu, tmp_path: Path) -> None:
         free = reader.free_tokens()
         assert reader.load(tokens) is None
         assert reader.free_tokens() == free
+
+
+def test_pages_that_sglang_would_unmap_under_an_offload_are_refused(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`release_memory_occupation` unmaps the KV cache without asking a linker; host memory stays where it is."""
+    saving = partial(radix_caches.ServerArgs, enable_memory_saver=True)
+    monkeypatch.setattr(radix_caches, "ServerArgs", saving)
+    with Bench() as bench:
+        bench.linked(tmp_path, 1)
+        monkeypatch.setattr(WHERE, lambda pools, _stream: gpu.adopt(b for pool in pools for b in pool.buffers))
+        with pytest.raises(ConfigError, match=r"enable_memory_saver=True: SGLang unmaps.*--enable-memory-saver"):
+            bench.linked(tmp_path, 2)

@@ -113,6 +113,21 @@ def test_other_weights_and_tenants_miss(change: dict[str, str], bench: Bench, ti
     assert bench.linked(tier, 99, **change).load(sequence(9)) is None
 
 
+def test_an_encrypted_sequence_comes_back_with_the_key_only(bench: Bench, tier: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_text(bytes(range(100, 132)).hex())
+    protected = {"protection": "encrypt", "protection_key_file": str(key)}
+    stored = bench.linked(tier, 1, **protected).store(sequence(9))
+    loaded = bench.linked(tier, 99, **protected).load(sequence(9))
+    assert loaded is not None and same(stored, loaded)
+    assert bench.linked(tier, 98).load(sequence(9)) is None
+    assert bench.linked(tier, 97, **protected | {"protection": "auth"}).load(sequence(9)) is None
+    key.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        bench.linked(tier, 96, **protected)
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

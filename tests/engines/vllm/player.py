@@ -33,6 +33,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from tests.engines.vllm import damage
+from tests.engines.vllm.contention import Contention, Recomputation
 from tests.faults.control import FAULTS, Injector, throttle
 
 ENGINE = {
@@ -227,6 +228,23 @@ class Player:
         engine.add_request(f"sent-{self._serial}", {"prompt_token_ids": prompt}, _greedy(12))
         (name,) = set(requests) - known
         return requests[name]
+
+    def contend(self, rounds: int, seed: int, trace: str) -> Report:
+        """Let requests fight for pages until so many have ended; see `contention.py`."""
+        before = self._counted()
+        played = Contention(self._engine, seed, lambda: self._worker.child_pid).play(rounds, Path(trace))
+        self.settle()
+        return {**played, "counted": self._since(before)}
+
+    def recompute(self, tier: str, trace: str) -> Report:
+        """Hold all that was stored against a computation of the same tokens; see `contention.py`."""
+        return Recomputation(self._engine).compare(Path(tier), Path(trace))
+
+    def unfence(self) -> None:
+        """From now on no step waits for pages that are being copied out: the control that shows what it is for."""
+        from memkv_engines.offload.client import IoClient
+
+        IoClient.fence = lambda _: True
 
     def settle(self) -> Report:
         """Step the engine until every store has been answered."""

@@ -80,7 +80,7 @@ def test_groups(mover: DeviceMover, engine: Engine, pool: Pool) -> None:
     host = KVLayout.plan(1, [Tile(engine.region_address, 4096, 4096)])
     with pytest.raises(GpuError, match="not memory of a CUDA device"):
         mover.add_group(1, host)
-    beyond = KVLayout.plan(1000, [Tile(pool.addresses[0], 4096, 4096)])
+    beyond = KVLayout.plan(1 << 28, [Tile(pool.addresses[0], 4096, 4096)])
     with pytest.raises(GpuError, match="not memory of a CUDA device"):
         mover.add_group(1, beyond)
 

@@ -5,6 +5,7 @@ Without a GPU kvikio takes its compatibility path, which is let through here onl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,28 @@ def test_the_engine_may_overwrite_pages_behind_the_fence(gpu: Gpu, tmp_path: Pat
     while not (results := client.poll()):
         client.wait(0.01)
     assert results[0].outcomes == ("stored",)  # type: ignore[union-attr]
+    assert load_run(client, make_run(POOL, hashes, range(8, 8 + N))).kinds == ("",)
+    assert [POOL.block(8 + i) for i in range(N)] == before
+    client.close()
+
+
+def test_an_engine_that_slept_goes_on(gpu: Gpu, tmp_path: Path) -> None:
+    client = gpu.client(tmp_path)
+    hashes = Service(client, tmp_path, "sleep").prompt()
+    before = [POOL.block(page) for page in range(N)]
+    assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
+    live = gpu.fake.report().live
+    client.suspend()
+    assert sum(gpu.fake.report().live.values()) < sum(live.values()), "device slots and tables are given back"
+    asleep = POOL.memory.copy()
+    assert load_run(client, make_run(POOL, hashes, range(8, 8 + N))).kinds != ("",)
+    assert (POOL.memory == asleep).all()
+    client.wake()
+    deadline = time.monotonic() + 30
+    while client.mode == "down":
+        assert time.monotonic() < deadline
+        client.poll()
+        time.sleep(0.01)
     assert load_run(client, make_run(POOL, hashes, range(8, 8 + N))).kinds == ("",)
     assert [POOL.block(8 + i) for i in range(N)] == before
     client.close()

@@ -392,3 +392,102 @@ def test_a_plugin_that_is_not_there_is_told_with_those_that_are() -> None:
 
 def test_a_plugin_that_moves_no_files_is_refused() -> None:
     assert "to FILE_SEG" in refusal_of("UCX")
+
+
+# ------------------------------------------------------------------------------------------------ what NIXL refuses
+
+
+class Refusing:
+    """An agent one of whose methods raises; the others are the real one's."""
+
+    def __init__(self, transport: NixlTransport, method: str) -> None:
+        self._transport, self._agent, self._method = transport, transport._agent, method
+
+    def __enter__(self) -> None:
+        self._transport._agent = self
+
+    def __exit__(self, *_: object) -> None:
+        self._transport._agent = self._agent
+
+    def __getattr__(self, name: str) -> object:
+        if name != self._method:
+            return getattr(self._agent, name)
+
+        def refuse(*_: object, **__: object) -> None:
+            raise self._transport._errors[0]("not this one")
+
+        return refuse
+
+
+def test_an_agent_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    api, errors = module._load()
+
+    def refuse(*_: object) -> None:
+        raise errors[0]("no agent")
+
+    spied = SimpleNamespace(**{**vars(api), "nixl_agent": refuse})
+    monkeypatch.setattr(module, "_load", lambda: (spied, errors))
+    with pytest.raises(ConfigError, match="NIXL does not start: no agent"):
+        NixlTransport(options={})
+
+
+def test_a_queue_that_gives_other_bytes_back_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NixlTransport, "read", lambda *_: None)
+    with pytest.raises(ConfigError, match="it reads other bytes than it wrote"):
+        NixlTransport()
+
+
+def test_a_file_that_is_refused_and_memory_that_is_kept(transport: NixlTransport, tmp_path: Path) -> None:
+    (tmp_path / "object").write_bytes(noise(PAGE))
+    fd = os.open(tmp_path / "object", os.O_RDONLY)
+    with Refusing(transport, "register_memory"), pytest.raises(TransportError, match="does not take the file"):
+        transport.attach(fd)
+    handle = transport.attach(fd)
+    with Refusing(transport, "deregister_memory"):
+        transport.detach(handle)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_transfer_that_is_done_when_it_was_posted(transport: NixlTransport, tmp_path: Path) -> None:
+    (tmp_path / "object").write_bytes(noise(PAGE))
+    handle, view = transport.attach(os.open(tmp_path / "object", os.O_RDONLY)), blank(PAGE)
+    real = transport._agent
+
+    class AtOnce(Refusing):
+        def transfer(self, request: object) -> str:
+            state = real.transfer(request)
+            while state == "PROC":
+                state = real.check_xfer_state(request)
+            return str(state)
+
+    with AtOnce(transport, ""):
+        transport.read(handle, [view], 0)
+    assert view == noise(PAGE)
+    transport.detach(handle)
+
+
+def test_a_transfer_that_is_not_released_has_ended_all_the_same(transport: NixlTransport, tmp_path: Path) -> None:
+    (tmp_path / "object").write_bytes(noise(PAGE))
+    handle, view = transport.attach(os.open(tmp_path / "object", os.O_RDONLY)), blank(PAGE)
+    with Refusing(transport, "release_xfer_handle"):
+        transport.read(handle, [view], 0)
+    assert view == noise(PAGE)
+    transport.detach(handle)
+
+
+def test_an_overdue_transfer_that_fails_has_ended(transport: NixlTransport, pipe: Pipe, pool: memoryview) -> None:
+    with pytest.raises(TransferOverdue) as caught:
+        transport.read(pipe.file, [pool[:PAGE]], 0)
+    pipe.deliver(b"A" * PAGE)  # It ends for NIXL as well, so that the handle can be released.
+    with Refusing(transport, "check_xfer_state"):
+        assert until(caught.value.ended)
+    transport.detach(pipe.file)
+
+
+def test_empty_pieces_are_none(transport: NixlTransport, tmp_path: Path) -> None:
+    (tmp_path / "object").write_bytes(noise(PAGE))
+    handle, view = transport.attach(os.open(tmp_path / "object", os.O_RDONLY)), blank(PAGE)
+    transport.read(handle, [view[:0], view, view[:0]], 0)
+    assert view == noise(PAGE)
+    transport.detach(handle)

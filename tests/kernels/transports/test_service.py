@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from memkv_engines.errors import ConfigError
+from memkv_engines.offload.messages import ProtectionSpec
 from tests.fake_cuda.build import build
 from tests.fast.io_samples import load, make_run, make_store, setup_for, started, store
+from tests.fast.protected_samples import KEY
 from tests.fast.samples import chain
 from tests.fast.service_samples import POOL, POOLS, N, Service
 from tests.fast.test_io_service import (  # noqa: F401 - collected here once more, with the fixture below
@@ -59,13 +61,15 @@ def test_a_plugin_that_does_not_load_is_a_refusal_to_start(tmp_path: Path, mode:
         started(setup, mode)
 
 
-def test_the_child_ends_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protection", [None, ProtectionSpec(True, KEY)], ids=["unprotected", "encrypted"])
+def test_the_child_ends_in_order(tmp_path: Path, protection: ProtectionSpec | None) -> None:
     """Agents, rings and registered memory are still there when the interpreter ends."""
-    client = started(setup_for(tmp_path, [POOL], transport="nixl"), "on")
+    client = started(setup_for(tmp_path, [POOL], transport="nixl", protection=protection), "on")
     child = client._backend._child  # type: ignore[union-attr]
     hashes = chain(N)
     assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
     assert load(client, make_run(POOL, hashes, range(12, 16))).kinds == ("",)
+    assert [POOL.block(12 + i) for i in range(N)] == [POOL.block(i) for i in range(N)]
     client.close()
     assert child.returncode == 0
 

@@ -1,0 +1,280 @@
+"""Compares ours with its peers, in one command, on one machine, in one run.
+
+    make compare                              # about 25 minutes; or: python -m benchmarks.compare
+    make compare ARGS="--profile full"        # an hour and a half: more rounds, and longer prompts to a larger model
+    make compare ARGS="--stages sglang"       # one engine only
+
+Prints its plan and an estimate first. Each engine's contestants run in that engine's environment (`stage`), and write
+what they measured as they go; a side that fails is a row of the results, and makes the exit code 1. Writes
+`build/compare.json`, and `RESULTS.md` with its plots into `benchmarks/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.compare import judge, plan, report
+from benchmarks.compare.names import NO_CACHE, PREFIX_CACHE, SGLANG_SIDES, THROTTLED, VLLM_SIDES
+from benchmarks.compare.plan import PROFILES, Profile
+from benchmarks.compare.side import tree_of
+from tests.environments.engine_env import ROOT
+
+STAGES = {"vllm": VLLM_SIDES, "sglang": SGLANG_SIDES}
+JUDGES = {"vllm": judge.judge_vllm, "sglang": judge.judge_sglang}
+# Beyond what a stage's own clock allows: starting, the round under way, the engines' end.
+GRACE_MINUTES = 12.0
+END_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage with one profile.
+
+    Attributes:
+        name: What it is called in the record.
+        stage: Whose contestants.
+        profile: What they are asked for.
+        sides: Who takes part.
+    """
+
+    name: str
+    stage: str
+    profile: Profile
+    sides: tuple[str, ...]
+
+    @property
+    def minutes(self) -> float:
+        """When it leaves out what it can leave out."""
+        return self.profile.vllm_minutes if self.stage == "vllm" else self.profile.sglang_minutes
+
+    def estimates(self) -> list[plan.Estimate]:
+        """Returns what it takes."""
+        if self.stage == "sglang":
+            return plan.estimate_sglang(self.profile, len(self.sides))
+        asked = [side for side in self.sides if side != THROTTLED]
+        storing = [side for side in asked if side not in (NO_CACHE, PREFIX_CACHE)]
+        return plan.estimate_vllm(self.profile, len(asked), len(storing))
+
+
+def runs_of(profile: Profile, stages: Sequence[str], wanted: Sequence[str] | None = None) -> list[Run]:
+    """Returns what is run, in order; `wanted` names the only sides that take part."""
+    found = []
+    for stage in stages:
+        for one in (profile, *(PROFILES[name] for name in profile.then if stage == "vllm")):
+            sides = tuple(
+                name for name in (one.vllm_sides if stage == "vllm" else SGLANG_SIDES) if not wanted or name in wanted
+            )
+            if sides and not (stage == "sglang" and one.only_documents):
+                found.append(Run(stage if one is profile else f"{stage}, {one.name}", stage, one, sides))
+    return found
+
+
+def show_plan(profile: Profile, runs: Sequence[Run]) -> None:
+    """Prints what will be run and how long it takes on a machine like the one it was planned on."""
+    rows, total = [], 0.0
+    for run in runs:
+        print(f"{run.name}: {'; '.join(run.sides)}")
+        for one in run.estimates():
+            rows.append([f"{run.name}: {one.what}", str(one.visits), f"{one.seconds / 60:.1f} min"])
+            total += one.seconds
+    rows.append(["all", "", f"{total / 60:.0f} min"])
+    harness.print_table(f"plan of profile {profile.name}", ["", "visits", "estimate"], rows)
+    limits = ", ".join(f"{run.name} {run.minutes:.0f} min" for run in runs)
+    print(f"Rounds beyond those needed are left out once a stage has taken this long: {limits}.", flush=True)
+
+
+def run_stage(run: Run, output: Path, folder: Path) -> dict[str, Any]:
+    """Runs a stage in its engine's environment; whatever becomes of it, returns what it wrote.
+
+    Args:
+        run: Which.
+        output: The stage's JSON file, written as it goes.
+        folder: Where the sides store.
+
+    Returns:
+        The stage's record; with `error` where it did not reach its end.
+    """
+    output.unlink(missing_ok=True)
+    command = [
+        str(ROOT / ".venvs" / run.stage / "bin" / "python"), "-m", "benchmarks.compare.stage", run.stage,
+        "--profile", run.profile.name, "--output", str(output), "--folder", str(folder),
+        "--sides", ";".join(run.sides),
+    ]  # fmt: skip
+    why = ""
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=stage_environment(run.stage))
+    except OSError as error:
+        return failed_stage(run, f"it could not be started ({error.strerror}): build .venvs/{run.stage} first")
+    try:
+        code = process.wait(60.0 * (run.minutes + GRACE_MINUTES))
+        why = f"it ended with code {code}" if code not in (0, 1) else ""
+    except subprocess.TimeoutExpired:
+        why = "it ran past its limit"
+    finally:
+        end(process)
+    try:
+        body: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return failed_stage(run, why or "it wrote nothing")
+    if not body["complete"]:
+        body["error"] = why or "it ended early; its output says why"
+    return body
+
+
+def stage_environment(stage: str) -> dict[str, str]:
+    """Returns the environment of a stage's process."""
+    from tests.environments.engine_env import engine_env, sglang_settings
+
+    more = sglang_settings() if stage == "sglang" else {}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return engine_env(None, PYTHONPATH=paths, PYTHONUNBUFFERED="1", **more)
+
+
+def failed_stage(run: Run, why: str) -> dict[str, Any]:
+    """Returns the record of a stage that left none."""
+    sides = {name: {"what": "", "status": "failed", "error": why} for name in run.sides}
+    return {
+        "stage": run.stage,
+        "profile": asdict(run.profile),
+        "environment": {"versions": {}},
+        "complete": False,
+        "error": why,
+        "sides": sides,
+        "notes": [],
+        "raw_reads": [],
+        "batches": [],
+    }
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a stage; asked politely it ends its engines and removes what they stored."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            for pid in tree_of([process.pid]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def combined(
+    profile: Profile, stages: dict[str, dict[str, Any]], seconds: float, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the content of `build/compare.json`: all records, judged."""
+    judgements: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
+    noise: dict[str, float | None] = {}
+    for name, body in stages.items():
+        verdict = JUDGES[body["stage"]](body)
+        judgements += [{"run": name, **one.as_dict()} for one in verdict.judgements]
+        cells += [{"run": name, **asdict(cell)} for cell in verdict.cells]
+        noise[name] = verdict.noise
+    return {
+        "benchmark": "compare",
+        "profile": profile.name,
+        "minutes": seconds / 60,
+        "environment": environment,
+        "judgements": judgements,
+        "cells": cells,
+        "noise": noise,
+        "tables": {
+            name: {
+                workload: report.workload_rows(body["batches"], workload, list(body["sides"]))
+                for workload in sorted({batch["workload"] for batch in body["batches"]})
+            }
+            for name, body in stages.items()
+        },
+        "stages": stages,
+    }
+
+
+def problems_of(body: dict[str, Any]) -> list[str]:
+    """Returns what failed; a promise that was missed is a result and no failure."""
+    found = []
+    for name, stage in body["stages"].items():
+        if not stage["complete"]:
+            found.append(f"{name}: {stage.get('error', 'it did not reach its end')}")
+        found += [
+            f"{name}: {side}: {report.first_line(one['error'])}"
+            for side, one in stage["sides"].items()
+            if one["status"] != "ok"
+        ]
+    return found
+
+
+def show(body: dict[str, Any]) -> None:
+    """Prints the judgements."""
+    rows = [
+        [one["promise"], one["status"], report.number(one["value"], 3), report.number(one["limit"], 3)]
+        for one in body["judgements"]
+    ]
+    harness.print_table("what was promised", ["", "holds", "figure", "limit"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs all stages; returns 0 only when no side failed."""
+    # `make` ends this with SIGTERM: unwinding ends the stage, and the stage its engines.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", choices=PROFILES, default="default")
+    parser.add_argument(
+        "--stages", type=lambda text: text.split(","), default=list(STAGES), help="vllm, sglang, or both"
+    )
+    parser.add_argument("--sides", type=lambda text: text.split(";"), help="only these, separated by semicolons")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the sides store")
+    parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for the JSON")
+    parser.add_argument("--results", type=Path, help="folder for RESULTS.md (benchmarks/; the output's where tiny)")
+    parser.add_argument("--plan", action="store_true", help="print the plan and end")
+    parsed = parser.parse_args(arguments)
+    if unknown := [name for name in parsed.stages if name not in STAGES]:
+        parser.error(f"--stages: {', '.join(unknown)}: choose from {', '.join(STAGES)}")
+    known = [name for names in STAGES.values() for name in names]
+    if unknown := [name for name in parsed.sides or () if name not in known]:
+        parser.error(f"--sides: {'; '.join(unknown)}: choose from {'; '.join(known)}")
+    profile = PROFILES[parsed.profile]
+    runs = runs_of(profile, parsed.stages, parsed.sides)
+    show_plan(profile, runs)
+    if parsed.plan:
+        return 0
+    results = parsed.results or (parsed.output if profile.light else ROOT / "benchmarks")
+    parsed.output.mkdir(parents=True, exist_ok=True)
+    # Before the results are written, which would count as a change of the checkout.
+    environment = harness.environment(parsed.output)
+    started, stages = time.monotonic(), {}
+    body: dict[str, Any] = {}
+    for run in runs:
+        partial = parsed.output / f"compare-{run.name.replace(', ', '-')}.json"
+        stages[run.name] = run_stage(run, partial, parsed.folder)
+        # After every stage, so that a later one cannot take it along.
+        body = combined(profile, stages, time.monotonic() - started, environment)
+        harness.write_json(body, parsed.output / "compare.json")
+        report.write(body, results)
+    if not body:
+        print("FAILED: no side of these stages was asked for", file=sys.stderr)
+        return 1
+    show(body)
+    print(f"wrote {parsed.output / 'compare.json'}, {results / 'RESULTS.md'} and {report.PLOT}")
+    problems = problems_of(body)
+    for problem in problems:
+        print(f"FAILED: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

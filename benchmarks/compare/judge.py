@@ -1,0 +1,461 @@
+"""What was promised, and whether it holds: pure functions of what was measured.
+
+Every judgement compares a figure with a limit through the figure's 95% bootstrap interval, drawn over units that were
+measured side by side, so that what disturbed all sides alike cancels. The interval on the right side of the limit:
+`met`; on the wrong side: `missed`; across it, or fewer than `MIN_UNITS` units: `not decided`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION
+from benchmarks.compare.names import (
+    FILE,
+    HICACHE,
+    LINKER,
+    LMCACHE_FS,
+    MEMKV,
+    NATIVE,
+    NO_CACHE,
+    NO_STORAGE,
+    PREFIX_CACHE,
+    THROTTLED,
+)
+from benchmarks.compare.record import Batch, batches_of
+
+MET, MISSED, UNDECIDED = "met", "missed", "not decided"
+MIN_UNITS = 4
+SAMPLES = 4000
+
+HALF_OF_PEERS, OVER_RAW = 0.5, 1.3
+THROUGHPUT_OVER_NO_CACHE = 1.5
+FIRST_VISIT_COST = 1.02
+# A second visit that took less than this share of the prompt from the connector is no restore.
+MIN_HIT_SHARE = 0.9
+# Noise is what two sides that do the same differ by. A machine noisier than this decides nothing by it.
+MAX_NOISE = 0.10
+
+Indices = npt.NDArray[np.intp]
+Statistic = Callable[[Indices], float]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One promise.
+
+    Attributes:
+        promise: In words.
+        status: `MET`, `MISSED` or `UNDECIDED`.
+        value: The figure; None where nothing was measured.
+        low, high: Its 95% interval.
+        limit: What it is held against.
+        at_most: Whether the figure has to stay below the limit, rather than above.
+        units: How many were measured side by side.
+        note: What one has to know about it.
+        required: Whether the project has promised it; the others are told for the reader.
+    """
+
+    promise: str
+    status: str
+    value: float | None
+    low: float | None
+    high: float | None
+    limit: float
+    at_most: bool
+    units: int
+    note: str = ""
+    required: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it for the JSON."""
+        return asdict(self)
+
+
+def status_of(low: float, high: float, limit: float, *, at_most: bool) -> str:
+    """Returns what an interval says about a limit."""
+    if at_most:
+        return MET if high <= limit else MISSED if low > limit else UNDECIDED
+    return MET if low >= limit else MISSED if high < limit else UNDECIDED
+
+
+def interval(units: int, statistic: Statistic, seed: int = 1) -> tuple[float, float, float]:
+    """Returns a statistic of all units, and its 95% bootstrap interval over them."""
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(generator.integers(0, units, units)) for _ in range(SAMPLES)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return statistic(np.arange(units)), float(low), float(high)
+
+
+def judged(
+    promise: str,
+    units: int,
+    statistic: Statistic,
+    limit: float,
+    *,
+    at_most: bool,
+    note: str = "",
+    required: bool = True,
+) -> Judgement:
+    """Returns the judgement on a statistic."""
+    if units < MIN_UNITS:
+        value = statistic(np.arange(units)) if units else None
+        found = f"{units} of at least {MIN_UNITS} comparisons"
+        note = f"{note}; {found}" if note else found
+        return Judgement(promise, UNDECIDED, value, None, None, limit, at_most, units, note, required)
+    value, low, high = interval(units, statistic)
+    status = status_of(low, high, limit, at_most=at_most)
+    return Judgement(promise, status, value, low, high, limit, at_most, units, note, required)
+
+
+# ------------------------------------------------------------------------------------------------------ restore cost
+
+
+def ttft_s(batch: Batch) -> float:
+    """Returns the median time to the first token of a batch's requests."""
+    return float(np.median([request["ttft_s"] for request in batch["requests"]]))
+
+
+def prompt_tokens(batch: Batch) -> int:
+    """Returns the length of a batch's prompts."""
+    return int(sum(request["prompt_tokens"] for request in batch["requests"]))
+
+
+def external_tokens(batch: Batch) -> int:
+    """Returns how many prompt tokens of a batch came from outside the engine's own device cache."""
+    hits: Mapping[str, int] = batch["hits"]
+    return sum(hits.get(source, 0) for source in ("connector", "host", "storage"))
+
+
+def restore_costs(batches: Sequence[Batch], side: str, length: int) -> dict[tuple[str, int], float]:
+    """Returns what restores cost a side, by document and round: time to first token less that of a local hit.
+
+    Visits that did not restore the prompt, or have no local hit to compare with, are left out.
+    """
+    found = {}
+    local = {
+        (batch["unit"], batch["round"]): batch
+        for batch in batches_of(batches, side=side, workload=DOCUMENTS, step=LOCAL, length=length)
+    }
+    for batch in batches_of(batches, side=side, workload=DOCUMENTS, step=AGAIN, length=length):
+        key = batch["unit"], batch["round"]
+        if key in local and external_tokens(batch) >= MIN_HIT_SHARE * prompt_tokens(batch):
+            found[key] = ttft_s(batch) - ttft_s(local[key])
+    return found
+
+
+def judge_restore(
+    batches: Sequence[Batch], raw_reads: Sequence[Mapping[str, Any]], length: int, side: str = MEMKV
+) -> Judgement:
+    """Returns whether a restore costs at most half of either peer's, or 1.3 times the raw read of the same bytes."""
+    ours = restore_costs(batches, side, length)
+    raw = {(one["unit"], one["round"]): float(one["seconds"]) for one in raw_reads}
+    peers = {name: restore_costs(batches, name, length) for name in (NATIVE, LMCACHE_FS)}
+    there = {name: costs for name, costs in peers.items() if costs}
+    keys = sorted(set(ours) & set(raw) & (set.intersection(*map(set, there.values())) if there else set(ours)))
+    matrix = {name: np.array([costs[key] for key in keys]) for name, costs in there.items()}
+    own, read = np.array([ours[key] for key in keys]), np.array([raw[key] for key in keys])
+
+    def over_limit(indices: Indices) -> float:
+        half = HALF_OF_PEERS * min((np.median(costs[indices]) for costs in matrix.values()), default=0.0)
+        return float(np.median(own[indices]) / max(half, OVER_RAW * np.median(read[indices])))
+
+    missing = [name for name in peers if name not in there]
+    note = f"no restores by {', '.join(missing)} to compare with" if missing else ""
+    return judged(
+        f"{side}: restoring {length} tokens costs at most the larger of half of vLLM's native fs and LMCache's fs, and "
+        "1.3 x the raw read (cost / limit)",
+        len(keys),
+        over_limit,
+        1.0,
+        at_most=True,
+        note=note,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- throughput
+
+
+def rates(batches: Sequence[Batch], workload: str, side: str) -> dict[str, tuple[float, float]]:
+    """Returns tokens and seconds of a side by unit, all steps together."""
+    found: dict[str, tuple[float, float]] = {}
+    for batch in batches_of(batches, workload=workload, side=side):
+        tokens, seconds = found.get(batch["unit"], (0.0, 0.0))
+        made = sum(request["prompt_tokens"] + len(request["tokens"]) for request in batch["requests"])
+        found[batch["unit"]] = tokens + made, seconds + batch["wall_s"]
+    return found
+
+
+def throughput(batches: Sequence[Batch], workload: str, side: str) -> float | None:
+    """Returns tokens per second of all units together; None where there are none."""
+    found = rates(batches, workload, side).values()
+    seconds = sum(s for _, s in found)
+    return sum(t for t, _ in found) / seconds if seconds else None
+
+
+def judge_throughput(
+    batches: Sequence[Batch],
+    workload: str,
+    side: str,
+    others: Sequence[str],
+    factor: float,
+    promise: str,
+    *,
+    required: bool = True,
+) -> Judgement:
+    """Returns whether a side's throughput is at least `factor` times that of the best of others."""
+    found = {name: rates(batches, workload, name) for name in (side, *others)}
+    there = [name for name in others if found[name]]
+    keys = sorted(set.intersection(set(found[side]), *(set(found[name]) for name in there))) if there else []
+    arrays = {name: np.array([found[name][key] for key in keys]).reshape(-1, 2) for name in (side, *there)}
+
+    def rate(name: str, indices: Indices) -> float:
+        tokens, seconds = arrays[name][indices].sum(axis=0)
+        return float(tokens / seconds)
+
+    def ratio(indices: Indices) -> float:
+        return rate(side, indices) / max(rate(name, indices) for name in there)
+
+    missing = [name for name in others if name not in there]
+    note = f"without {', '.join(missing)}" if missing else ""
+    return judged(promise, len(keys), ratio, factor, at_most=False, note=note, required=required)
+
+
+# ------------------------------------------------------------------------------------------------------- first visits
+
+
+def is_first_visit(batch: Batch) -> bool:
+    """Tells whether nothing of a batch's prompts had been seen before."""
+    return batch["step"] == FIRST or (batch["workload"] == CONVERSATIONS and batch["step"] == "turn 1")
+
+
+def judge_first_visit(
+    batches: Sequence[Batch], side: str = MEMKV, baseline: str = PREFIX_CACHE
+) -> tuple[Judgement, Judgement]:
+    """Returns whether storing delays a first visit, and whether it costs CPU time, by more than 2%."""
+    pairs = paired([b for b in batches if is_first_visit(b)], side, baseline)
+
+    def ratio_of(numbers: Callable[[Batch], float]) -> Statistic:
+        ratios = np.array([numbers(ours) / numbers(theirs) for ours, theirs in pairs])
+        return lambda indices: float(np.median(ratios[indices]))
+
+    return (
+        judged(
+            f"{side}: a first visit's time to first token is at most 2% longer than {baseline}'s",
+            len(pairs),
+            ratio_of(ttft_s),
+            FIRST_VISIT_COST,
+            at_most=True,
+        ),
+        judged(
+            f"{side}: a first visit costs at most 2% more CPU seconds than {baseline}'s, stores included",
+            len(pairs),
+            ratio_of(lambda batch: float(batch["usage"]["cpu_s"])),
+            FIRST_VISIT_COST,
+            at_most=True,
+            required=False,
+        ),
+    )
+
+
+def paired(batches: Sequence[Batch], side: str, other: str) -> list[tuple[Batch, Batch]]:
+    """Returns the visits of two sides with the same labels, side by side."""
+    theirs = {_place(batch): batch for batch in batches_of(batches, side=other)}
+    return [(b, theirs[_place(b)]) for b in batches_of(batches, side=side) if _place(b) in theirs]
+
+
+def _place(batch: Batch) -> tuple[Any, ...]:
+    return batch["workload"], batch["step"], batch["unit"], batch["round"]
+
+
+# ------------------------------------------------------------------------------------- a hit, and recomputing instead
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One workload or length: hits against recomputing the same prompts.
+
+    Attributes:
+        side: Whose hits.
+        what: Workload, or length of document.
+        status: Whether a hit is no slower than recomputing by more than noise.
+        ratio, low, high: Time to first token of a hit / of recomputing, and the 95% interval; None for too few.
+        units: Pairs.
+        hit_share: Prompt tokens from outside the engine / all prompt tokens, of those visits.
+    """
+
+    side: str
+    what: str
+    status: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    units: int
+    hit_share: float
+
+
+def noise_of(batches: Sequence[Batch], one: str = NO_CACHE, other: str = PREFIX_CACHE) -> float | None:
+    """Returns what two sides that both compute a first visit differ by; None for too few.
+
+    The larger end of the 95% interval of their ratio, less 1, at most `MAX_NOISE`.
+    """
+    pairs = paired([b for b in batches if is_first_visit(b)], one, other)
+    if len(pairs) < MIN_UNITS:
+        return None
+    ratios = np.array([ttft_s(a) / ttft_s(b) for a, b in pairs])
+    _, low, high = interval(len(pairs), lambda indices: float(np.median(ratios[indices])))
+    return min(MAX_NOISE, max(high - 1.0, 1.0 / low - 1.0, 0.0))
+
+
+def hit_pairs(batches: Sequence[Batch], side: str, recomputing: Sequence[str]) -> dict[str, list[tuple[Batch, Batch]]]:
+    """Returns later visits of a side beside the same visits of one that recomputes, by workload or length.
+
+    Visits at which the side had nothing stored that it could have loaded (a first turn, a first request) are left out.
+    The first of `recomputing` that was asked counts.
+    """
+    found: dict[str, list[tuple[Batch, Batch]]] = {}
+    theirs = [{_place(batch): batch for batch in batches_of(batches, side=name)} for name in recomputing]
+    for batch in batches_of(batches, side=side):
+        other = next((one[_place(batch)] for one in theirs if _place(batch) in one), None)
+        is_later = batch["step"] == AGAIN or (batch["step"].startswith("turn") and batch["step"] != "turn 1")
+        is_request = batch["workload"] in (RAG, REPETITION) and external_tokens(batch) > 0
+        if other is not None and (is_later or is_request):
+            what = f"{DOCUMENTS}, {batch['length']} tokens" if batch["workload"] == DOCUMENTS else batch["workload"]
+            found.setdefault(what, []).append((batch, other))
+    return found
+
+
+def hit_cells(batches: Sequence[Batch], side: str, recomputing: Sequence[str], noise: float) -> list[Cell]:
+    """Returns a cell for each workload and length."""
+    cells = []
+    for what, pairs in sorted(hit_pairs(batches, side, recomputing).items()):
+        ratios = np.array([ttft_s(ours) / ttft_s(theirs) for ours, theirs in pairs])
+        share = sum(external_tokens(ours) for ours, _ in pairs) / sum(prompt_tokens(ours) for ours, _ in pairs)
+        if len(pairs) < MIN_UNITS:
+            # Too few for an interval. What is seen in all of them counts as long as it is far from the limit.
+            cells.append(_few(side, what, ratios, share, noise))
+            continue
+        ratio, low, high = interval(len(pairs), lambda indices, r=ratios: float(np.median(r[indices])))
+        status = status_of(low, high, 1.0 + noise, at_most=True)
+        cells.append(Cell(side, what, status, ratio, low, high, len(pairs), share))
+    return cells
+
+
+def _few(side: str, what: str, ratios: npt.NDArray[np.float64], share: float, noise: float) -> Cell:
+    clear = len(ratios) >= 2 and (ratios.max() <= 1.0 - MAX_NOISE or ratios.min() > (1.0 + noise) * (1.0 + MAX_NOISE))
+    status = (MET if ratios.max() < 1.0 else MISSED) if clear else UNDECIDED
+    return Cell(side, what, status, float(np.median(ratios)), None, None, len(ratios), share)
+
+
+def judge_hits(cells: Sequence[Cell], side: str, wanted: Sequence[str], noise: float | None) -> Judgement:
+    """Returns whether a hit is never slower than recomputing by more than noise: the worst of all cells.
+
+    Args:
+        cells: All cells.
+        side: Whose.
+        wanted: What must have been measured.
+        noise: What two recomputing sides differ by.
+    """
+    found = {cell.what: cell for cell in cells if cell.side == side}
+    missing = [what for what in wanted if what not in found]
+    slower = [what for what, cell in found.items() if cell.status == MISSED]
+    open_ = [what for what, cell in found.items() if cell.status == UNDECIDED]
+    notes = []
+    if missing:
+        notes.append(f"not measured: {', '.join(missing)}")
+    if slower:
+        notes.append(f"slower: {', '.join(slower)}")
+    if open_:
+        notes.append(f"open: {', '.join(open_)}")
+    if noise is None:
+        notes.append("noise was not measured")
+    status = MISSED if slower else UNDECIDED if missing or open_ or noise is None or not found else MET
+    worst = max(found.values(), key=lambda cell: cell.ratio or 0.0, default=None)
+    return Judgement(
+        f"{side}: no workload or length at which a hit is slower than recomputing by more than noise (worst ratio)",
+        status,
+        worst.ratio if worst else None,
+        worst.low if worst else None,
+        worst.high if worst else None,
+        1.0 + (MAX_NOISE if noise is None else noise),
+        True,
+        sum(cell.units for cell in found.values()),
+        "; ".join(notes),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- all
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All judgements, the cells behind them, and the noise they were held against."""
+
+    judgements: tuple[Judgement, ...]
+    cells: tuple[Cell, ...]
+    noise: float | None
+
+
+def judge_vllm(body: Mapping[str, Any]) -> Verdict:
+    """Returns the judgements on vLLM's stage."""
+    batches, documents = body["batches"], body["profile"]["documents"]
+    lengths = sorted(set(documents["lengths"]))
+    noise = noise_of(batches)
+    # Recomputing with the same settings but for the connector comes first.
+    cells = [
+        cell
+        for side in (MEMKV, THROTTLED)
+        for cell in hit_cells(batches, side, (PREFIX_CACHE, NO_CACHE), MAX_NOISE if noise is None else noise)
+    ]
+    by_length = [f"{DOCUMENTS}, {length} tokens" for length in lengths]
+    peers = (PREFIX_CACHE, NATIVE, LMCACHE_FS)
+    conversations = [
+        judge_throughput(
+            batches,
+            CONVERSATIONS,
+            MEMKV,
+            [NO_CACHE],
+            THROUGHPUT_OVER_NO_CACHE,
+            f"{MEMKV}: conversations that outgrow the KV pool run at least 1.5 times as fast as without a cache",
+        ),
+        judge_throughput(
+            batches, CONVERSATIONS, MEMKV, peers, 1.0, f"{MEMKV}: they run at least as fast as with the best peer"
+        ),
+    ]
+    others = [] if body["profile"]["only_documents"] else [CONVERSATIONS]
+    judgements = [
+        judge_restore(batches, body["raw_reads"], lengths[-1]),
+        *(conversations if others else []),
+        *judge_first_visit(batches),
+        judge_hits(cells, MEMKV, [*by_length, *others], noise),
+    ]
+    if THROTTLED in body["profile"]["vllm_sides"]:
+        judgements.append(judge_hits(cells, THROTTLED, by_length, noise))
+    return Verdict(tuple(judgements), tuple(cells), noise)
+
+
+def judge_sglang(body: Mapping[str, Any]) -> Verdict:
+    """Returns the judgements on SGLang's stage."""
+    batches = body["batches"]
+    judgements: list[Judgement] = []
+    # Only one side recomputes here, so that the noise is that of first visits with and without the hierarchical cache.
+    noise = noise_of(batches, NO_STORAGE, FILE)
+    cells = [
+        cell
+        for side in (HICACHE, LINKER)
+        for cell in hit_cells(batches, side, (NO_STORAGE,), MAX_NOISE if noise is None else noise)
+    ]
+    for side in (HICACHE, LINKER):
+        judgements += [
+            judge_throughput(
+                batches, CONVERSATIONS, side, [FILE], 1.0,
+                f"{side}: conversations run at least as fast as with SGLang's file backend", required=False,
+            ),
+            judge_hits(cells, side, [CONVERSATIONS], noise),
+        ]  # fmt: skip
+    return Verdict(tuple(judgements), tuple(cells), noise)

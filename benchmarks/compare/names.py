@@ -1,0 +1,12 @@
+"""What the contestants are called in the results."""
+
+from __future__ import annotations
+
+NO_CACHE, PREFIX_CACHE, NATIVE = "vllm, no cache", "vllm, prefix cache", "vllm, native fs"
+LMCACHE_FS, LMCACHE_MEMKV = "lmcache, fs", "lmcache, memkv"
+MEMKV, THROTTLED = "memkv", "memkv, slow tier"
+VLLM_SIDES = (NO_CACHE, PREFIX_CACHE, NATIVE, LMCACHE_FS, LMCACHE_MEMKV, MEMKV, THROTTLED)
+
+NO_STORAGE, FILE = "sglang, no storage", "sglang, file"
+HICACHE, LINKER = "memkv hicache", "memkv linker"
+SGLANG_SIDES = (NO_STORAGE, FILE, HICACHE, LINKER)

@@ -1,0 +1,325 @@
+"""Profiles: which workloads, how long, how often, and how long that takes on a machine like the one it was made on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from benchmarks.compare.names import LMCACHE_FS, MEMKV, NATIVE, PREFIX_CACHE, VLLM_SIDES
+
+RANDOM_335M = "random-335m"
+# Back of the envelope, two virtual cores, SmolLM2-135M in bfloat16: 0.9 s for 1,000 tokens and 13 s for 8,000.
+_SECONDS_PER_TOKEN = 0.8e-3
+_SECONDS_PER_TOKEN_SQUARED = 0.104e-6
+# A restored prompt, and what settling after every visit takes: vLLM polls for a second after its last message.
+_RESTORE_S = 0.5
+_SETTLE_S = 1.4
+_VLLM_START_S = 28.0
+_SGLANG_START_S = 35.0
+_SGLANG_REQUEST_S = 0.6
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Long-document question answering in two passes.
+
+    Attributes:
+        lengths: Tokens of each document, with its question.
+        answer_tokens: Tokens generated for each.
+        restores: Second visits to the longest documents, the first included; only by sides that store.
+        gate_rounds: Further second visits by `memkv`, the slowed-down `memkv` and a side that recomputes: in the first
+            round to all documents, then to all but the longest.
+    """
+
+    lengths: tuple[int, ...]
+    answer_tokens: int
+    restores: int
+    gate_rounds: int
+
+    @property
+    def longest(self) -> int:
+        """The length at which restores are compared."""
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations in turns that outgrow the KV pool.
+
+    Attributes:
+        count: How many take turns in a round.
+        together: How many are asked at the same time.
+        turns: Requests of each.
+        document_tokens: Length of the first message.
+        user_tokens: Length of each later message.
+        answer_tokens: Tokens generated for each request.
+        rounds: Repetitions with conversations of their own.
+    """
+
+    count: int
+    together: int
+    turns: int
+    document_tokens: int
+    user_tokens: int
+    answer_tokens: int
+    rounds: int
+
+    @property
+    def longest(self) -> int:
+        """Length of a conversation at its end."""
+        return self.document_tokens + (self.turns - 1) * self.user_tokens + self.turns * self.answer_tokens
+
+
+@dataclass(frozen=True)
+class Rag:
+    """A system prompt that all share, and passages."""
+
+    system_tokens: int
+    passages: int
+    passage_tokens: int
+    per_request: int
+    question_tokens: int
+    requests: int
+    together: int
+    answer_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Length of a prompt."""
+        return self.system_tokens + self.per_request * self.passage_tokens + self.question_tokens
+
+
+@dataclass(frozen=True)
+class PrefixRepetition:
+    """As `vllm bench serve --dataset-name prefix_repetition`."""
+
+    prefixes: int
+    prefix_tokens: int
+    suffix_tokens: int
+    prompts: int
+    together: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that is run.
+
+    Attributes:
+        name: What `--profile` takes.
+        model: A model's name.
+        dtype: Of weights and KV.
+        block_size: Tokens in a block of vLLM.
+        kv_bytes: vLLM's KV pool.
+        max_model_len: vLLM's longest prompt and answer.
+        documents, conversations, rag, prefix_repetition: The workloads in vLLM.
+        sglang: Conversations in SGLang, asked one at a time.
+        sglang_pool_tokens: Its device pool; the host pool is twice that.
+        vllm_minutes: Rounds that are not needed are left out when vLLM's stage has taken this long.
+        sglang_minutes: The same for SGLang's stage.
+        light: Engines in one process with one thread, that start in a third of the time.
+        dram_tier_bytes: Memory of the tier that each peer in vLLM puts before its disk. Ours has none.
+        vllm_sides: Who takes part in vLLM's stage.
+        only_documents: Leave out all workloads in vLLM but the documents.
+        then: Further profiles that are run in vLLM after this one.
+    """
+
+    name: str
+    model: str
+    dtype: str
+    block_size: int
+    kv_bytes: int
+    max_model_len: int
+    documents: Documents
+    conversations: Conversations
+    rag: Rag
+    prefix_repetition: PrefixRepetition
+    sglang: Conversations
+    sglang_pool_tokens: int
+    vllm_minutes: float
+    sglang_minutes: float
+    light: bool = False
+    dram_tier_bytes: int = 512 << 20
+    vllm_sides: tuple[str, ...] = VLLM_SIDES
+    only_documents: bool = False
+    then: tuple[str, ...] = ()
+
+
+DEFAULT = Profile(
+    name="default",
+    model="smollm2",
+    dtype="bfloat16",
+    block_size=128,
+    # One document of 8,000 tokens and a little.
+    kv_bytes=224 << 20,
+    max_model_len=8192,
+    documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=4, gate_rounds=3),
+    conversations=Conversations(
+        count=8, together=2, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=1
+    ),
+    rag=Rag(
+        system_tokens=512,
+        passages=6,
+        passage_tokens=480,
+        per_request=3,
+        question_tokens=48,
+        requests=4,
+        together=2,
+        answer_tokens=16,
+    ),
+    prefix_repetition=PrefixRepetition(
+        prefixes=4, prefix_tokens=1024, suffix_tokens=128, prompts=8, together=4, answer_tokens=16
+    ),
+    sglang=Conversations(count=4, together=1, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=1, rounds=2),
+    # One conversation and a little.
+    sglang_pool_tokens=32 * 64,
+    vllm_minutes=15.0,
+    sglang_minutes=5.0,
+)
+FULL = replace(
+    DEFAULT,
+    name="full",
+    documents=Documents(
+        lengths=(1000, 1000, 2000, 2000, 4000, 4000, 8000, 8000, 8000), answer_tokens=4, restores=12, gate_rounds=10
+    ),
+    conversations=replace(DEFAULT.conversations, document_tokens=3000, turns=4, rounds=3),
+    rag=replace(DEFAULT.rag, requests=18, passages=8),
+    prefix_repetition=replace(DEFAULT.prefix_repetition, prefixes=8, prompts=32),
+    sglang=replace(DEFAULT.sglang, document_tokens=3000, rounds=3),
+    sglang_pool_tokens=60 * 64,
+    vllm_minutes=150.0,
+    sglang_minutes=40.0,
+    then=("long",),
+)
+LONG = replace(
+    DEFAULT,
+    name="long",
+    # Random weights, and 48 KiB of KV a token.
+    model=RANDOM_335M,
+    kv_bytes=850 << 20,
+    max_model_len=16_640,
+    documents=Documents(lengths=(8000, 16_000), answer_tokens=4, restores=5, gate_rounds=4),
+    vllm_minutes=60.0,
+    dram_tier_bytes=1 << 30,
+    # What fits into 23 GiB.
+    vllm_sides=(PREFIX_CACHE, NATIVE, LMCACHE_FS, MEMKV),
+    only_documents=True,
+)
+TINY = Profile(
+    name="tiny",
+    model="smollm2",
+    dtype="bfloat16",
+    block_size=32,
+    kv_bytes=16 << 20,
+    max_model_len=640,
+    documents=Documents(lengths=(300, 600), answer_tokens=2, restores=2, gate_rounds=1),
+    conversations=Conversations(
+        count=4, together=2, turns=2, document_tokens=300, user_tokens=32, answer_tokens=4, rounds=1
+    ),
+    rag=Rag(
+        system_tokens=96,
+        passages=3,
+        passage_tokens=64,
+        per_request=2,
+        question_tokens=16,
+        requests=2,
+        together=2,
+        answer_tokens=2,
+    ),
+    prefix_repetition=PrefixRepetition(
+        prefixes=2, prefix_tokens=128, suffix_tokens=32, prompts=4, together=2, answer_tokens=2
+    ),
+    sglang=Conversations(count=3, together=1, turns=2, document_tokens=400, user_tokens=48, answer_tokens=1, rounds=1),
+    sglang_pool_tokens=33 * 16,
+    vllm_minutes=10.0,
+    sglang_minutes=10.0,
+    light=True,
+)
+PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, LONG, TINY)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One line of the plan: what, how many visits, and seconds."""
+
+    what: str
+    visits: int
+    seconds: float
+
+
+def prefill_s(tokens: int) -> float:
+    """Returns the seconds that computing a prompt with SmolLM2 takes, roughly."""
+    return _SECONDS_PER_TOKEN * tokens + _SECONDS_PER_TOKEN_SQUARED * tokens * tokens
+
+
+def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
+    """Returns what vLLM's stage takes.
+
+    Args:
+        profile: What is run.
+        sides: All sides but the slowed-down one.
+        storing: Those of them that store.
+    """
+    plan = profile.documents
+    pass_s = sum(prefill_s(length) for length in plan.lengths)
+    short_s = sum(prefill_s(length) for length in plan.lengths if length != plan.longest)
+    documents, longest = len(plan.lengths), sum(length == plan.longest for length in plan.lengths)
+    recomputing = sides - storing
+    found = [
+        Estimate("engines start", sides + 1, _VLLM_START_S * (sides + 1)),
+        _line("documents, first visits", documents * sides, pass_s * sides),
+        _line(
+            "documents, second visits and local hits",
+            documents * (recomputing - 1 + 2 * storing),
+            pass_s * (recomputing - 1) + documents * storing * 2 * _RESTORE_S,
+        ),
+        _line(
+            "more restores of the longest",
+            (plan.restores - 1) * longest * storing * 2,
+            (plan.restores - 1) * longest * storing * 2 * _RESTORE_S,
+        ),
+        _line(
+            "hits against recomputing, a fast and a slow tier",
+            3 * (documents + (plan.gate_rounds - 1) * (documents - longest)),
+            pass_s + (plan.gate_rounds - 1) * short_s + 4 * _RESTORE_S * plan.gate_rounds * documents,
+        ),
+    ]
+    if profile.only_documents:
+        return found
+    talk = profile.conversations
+    groups, later = talk.rounds * talk.count // talk.together, talk.turns - 1
+    talk_s = prefill_s(talk.longest)
+    found.append(
+        _line(
+            "conversations",
+            groups * talk.turns * sides,
+            talk.rounds
+            * talk.count
+            * (talk_s * (sides + recomputing * later) + storing * later * (_RESTORE_S + prefill_s(talk.user_tokens))),
+        )
+    )
+    rag, repetition = profile.rag, profile.prefix_repetition
+    found.append(_line("RAG", rag.requests // rag.together * sides, rag.requests * sides * prefill_s(rag.longest)))
+    length = repetition.prefix_tokens + repetition.suffix_tokens
+    found.append(
+        _line(
+            "prefix repetition",
+            repetition.prompts // repetition.together * sides,
+            repetition.prompts * sides * prefill_s(length),
+        )
+    )
+    return found
+
+
+def estimate_sglang(profile: Profile, sides: int) -> list[Estimate]:
+    """Returns what SGLang's stage takes; one side of them stores nothing."""
+    talk = profile.sglang
+    visits = talk.rounds * talk.count * talk.turns * sides
+    computed = talk.rounds * talk.count * (sides + talk.turns - 1) * prefill_s(talk.longest)
+    return [
+        Estimate("engines start", sides, _SGLANG_START_S * sides),
+        Estimate("conversations", visits, computed + visits * _SGLANG_REQUEST_S),
+    ]
+
+
+def _line(what: str, visits: int, seconds: float) -> Estimate:
+    return Estimate(what, visits, seconds + visits * _SETTLE_S)
