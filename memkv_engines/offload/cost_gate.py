@@ -103,6 +103,7 @@ class LoadTicket:
         predicted_s: what it should take with its waiting; 0 where that was unknown.
         stop_s: to be stopped as soon as it is seen to take longer, from its first chunk on; 0: never.
         overdue_at: when it should long have ended.
+        is_trial: it was made to measure the tier again.
     """
 
     size_bytes: int
@@ -110,6 +111,7 @@ class LoadTicket:
     predicted_s: float
     stop_s: float
     overdue_at: float
+    is_trial: bool
 
 
 class CostGate:
@@ -142,12 +144,13 @@ class CostGate:
         """A load begins; ``load_ended`` must follow, whatever becomes of it."""
         with self._lock:
             ahead = sum(t.size_bytes for t in self._under_way)
-            stop_s = max(STOP_FLOOR_S, STOP_MARGIN * max(self._worth(hit), self._take_trial(hit)))
+            trial_s = self._take_trial(hit)
+            stop_s = max(STOP_FLOOR_S, STOP_MARGIN * max(self._worth(hit), trial_s))
             stop_s *= self.enabled
             predicted_s = self._load.seconds(ahead + hit.size_bytes)
             waits_until = max((t.overdue_at - OVERDUE_SLACK_S for t in self._under_way), default=0.0)
             overdue_at = max(self._clock(), waits_until) + stop_s + OVERDUE_SLACK_S
-            ticket = LoadTicket(hit.size_bytes, ahead, predicted_s, stop_s, overdue_at)
+            ticket = LoadTicket(hit.size_bytes, ahead, predicted_s, stop_s, overdue_at, trial_s > 0)
             self._under_way.append(ticket)
             return ticket
 
@@ -173,14 +176,15 @@ class CostGate:
             if not self.enabled or read_bytes <= 0 or seconds <= 0:
                 return
             moved = max(0, ticket.ahead_bytes) + read_bytes
-            if stopped:
-                # To be wrong about this costs a recompute and a trial; to hold on to the past, more such loads.
+            better = ticket.is_trial and 2 * seconds < self._load.seconds(moved)
+            if better:
+                self._next_trial = self._clock()
+            if stopped or better:
+                # The tier is not what it was. To be wrong about this costs a recompute and a trial, or a load that is
+                # stopped; to hold on to the past costs more of them.
                 self._load.forget()
             elif ticket.predicted_s:
                 self.counters.add("gate_error_microseconds", int(abs(seconds - ticket.predicted_s) * 1e6))
-            if self._load.known and 2 * seconds < self._load.seconds(moved):
-                # Better than we thought: no need to wait before the next trial.
-                self._next_trial = self._clock()
             self._load.observe(moved, seconds)
 
     def observe_prefill(self, spans: Iterable[tuple[int, int]], seconds: float) -> None:

@@ -15,11 +15,12 @@ from tests.faults.control import Injector
 PROMPT_TOKENS = 3300
 LAST_BLOCK = (PROMPT_TOKENS - 1) // 32 * 32
 PROMPTS = [tokens_of(900 + number, PROMPT_TOKENS) for number in range(4)]
-SLOW_MB_PER_S = 5.0
-"""16 MB take three seconds, which is several times what recomputing takes."""
-TRIES = 8
-QUIET_S = 9.0
-"""After a trial of 2 MiB at that speed there is none for 8.4 s."""
+SLOW_MB_PER_S = 1.0
+"""13.5 MB take 13.5 s, which is many times what recomputing takes, on a busy machine too."""
+# One chunk is read at a time, so that a load of seven is stopped after the first.
+SETTINGS = {"cost_gate": "on", "io_threads": 2}
+TRIES = 6
+QUIET_S = 5.2
 LOADED = ("gate_faster", "gate_negligible", "gate_unmeasured")
 
 
@@ -39,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Reports:
             start("tiny-llama"),
             ask("cold", PROMPTS),
             {"do": "environment", "variables": injector.environment()},
-            start("tiny-llama", tier, cost_gate="on"),
+            start("tiny-llama", tier, **SETTINGS),
             ask("first visit", PROMPTS),
             settle(),
             reset(),
@@ -48,14 +49,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Reports:
             slow,
             ask("slow at first", PROMPTS[:1]),
             reset(),
-            ask("slow", PROMPTS[1:3]),
+            ask("slow", PROMPTS[1:2]),
             {"do": "disarm", "name": "throttled"},
             *again,
             # A process that starts on a slow tier knows nothing of it.
-            start("tiny-llama", tier, cost_gate="on", store=False),
+            start("tiny-llama", tier, **SETTINGS, store=False),
             slow,
             ask("cold start", PROMPTS[:1]),
-            ask("cold start, then", PROMPTS[1:]),
+            ask("cold start, then", PROMPTS[1:2]),
         )
 
 
@@ -66,8 +67,8 @@ def decided(run: dict[str, Any], *names: str) -> int:
 def test_tokens_are_right(runs: Reports) -> None:
     cold = runs["cold"]["tokens"]
     assert runs["first visit"]["tokens"] == runs["quick"]["tokens"] == cold
-    assert runs["slow at first"]["tokens"] + runs["slow"]["tokens"] == cold[:3]
-    assert runs["cold start"]["tokens"] + runs["cold start, then"]["tokens"] == cold
+    assert runs["slow at first"]["tokens"] + runs["slow"]["tokens"] == cold[:2]
+    assert runs["cold start"]["tokens"] + runs["cold start, then"]["tokens"] == cold[:2]
     assert all(runs[f"again {number}"]["tokens"] == cold[:1] for number in range(TRIES))
     assert all(not misses(run) for run in runs.values() if "counted" in run and "tokens" in run)
 
@@ -83,10 +84,8 @@ def test_a_tier_that_turns_slow_costs_one_load_that_is_stopped(runs: Reports) ->
     assert (decided(first, *LOADED), decided(first, "load_stopped")) == (1, 1)
     # vLLM's own count of cached tokens keeps those that did not come.
     assert 0 < decided(first, "load_blocks") < LAST_BLOCK // 32
-    # On a slow machine it may be time for a trial.
-    assert (decided(then, *LOADED), decided(then, "gate_slower", "gate_trial")) == (0, 2)
-    assert then["cached"][0] == 0 and then["cached"][1] < LAST_BLOCK
-    assert decided(then, "gate_declined_tokens") == 2 * LAST_BLOCK - sum(then["cached"])
+    assert (decided(then, *LOADED), decided(then, "gate_slower")) == (0, 1)
+    assert (then["cached"], decided(then, "gate_declined_tokens")) == ([0], LAST_BLOCK)
 
 
 def test_a_tier_that_is_well_again_is_noticed(runs: Reports) -> None:
@@ -101,4 +100,4 @@ def test_a_cold_start_on_a_slow_tier_costs_one_load_that_is_stopped(runs: Report
     first, then = runs["cold start"], runs["cold start, then"]
     assert (decided(first, "gate_unmeasured"), decided(first, "load_stopped")) == (1, 1)
     assert 0 < decided(first, "load_blocks") < LAST_BLOCK // 32
-    assert (decided(then, *LOADED), decided(then, "gate_slower", "gate_trial")) == (0, 3)
+    assert (decided(then, *LOADED), decided(then, "gate_slower")) == (0, 1)
