@@ -57,6 +57,8 @@ class Server:
             "chunk-size": CHUNK_TOKENS,
             "l1-size-gb": 0.25,
             "eviction-policy": "LRU",
+            # An engine on a CPU copies its blocks itself, which the server's default does not offer.
+            "supported-transfer-mode": "auto",
             "l2-adapter": json.dumps(adapter),
         }
         words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
