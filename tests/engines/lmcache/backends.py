@@ -118,3 +118,6 @@ def backends(folder: Path, **options: Any) -> Iterator[Backends]:
         yield made
     finally:
         made.manager.close()
+        # LMCache ends its loop's thread and leaves the loop open.
+        made.manager.thread.join(10)
+        made.manager.loop.close()
