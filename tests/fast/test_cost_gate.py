@@ -55,10 +55,12 @@ class World:
         return self.latency_s + tokens * TOKEN_BYTES / (self.mb_per_s * MB)
 
     def prefill(self, start: int, stop: int) -> float:
-        seconds = self.prefill_s(start, stop) * self.noise()
+        """In steps of 2048 tokens, of which a later one takes longer: it has more tokens to look at."""
+        noise = self.noise()
         for first in range(start, stop, 2048):
             last = min(stop, first + 2048)
-            self.gate.observe_prefill([(first, last)], seconds * (last - first) / max(1, stop - start))
+            self.gate.observe_prefill([(first, last)], self.prefill_s(first, last) * noise)
+        seconds = self.prefill_s(start, stop) * noise
         self.clock.now += seconds
         return seconds
 
