@@ -121,6 +121,8 @@ PROBE_SILENCE_S = 1.0
 """After a probe ran past its deadline none is sent for this long (doubling), until one is answered."""
 PROBE_SILENCE_MAX_S = 30.0
 MAX_PROBE_SEGMENTS = 65_536
+IDLE_LOOKUP_WAIT_S = 0.005
+"""How long a step of an engine that has nothing to run waits for look-ups."""
 MAX_SLIDING_WINDOW_CANDIDATES = 16
 
 # --- cost gate --------------------------------------------------------------

@@ -134,8 +134,7 @@ class MemKVConnector(KVConnectorBase_V1, SupportsHMA):
         return answer
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        if num_external_tokens:
-            self._s.after_alloc(request, blocks.get_block_ids(), num_external_tokens)
+        self._s.after_alloc(request, blocks.get_block_ids() if num_external_tokens else (), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         meta: StepMetadata = self._s.build_meta(scheduler_output)

@@ -1,4 +1,4 @@
-"""Scheduler side of the connector: look-ups, load plans, store plans. Nothing here blocks."""
+"""Scheduler side of the connector: look-ups, load plans, store plans. Nothing here blocks a busy engine."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from memkv_engines.offload.planning import StorePlanner
 from memkv_engines.vllm import compat
 from memkv_engines.vllm.gating import HitGate, Judged
 from memkv_engines.vllm.identity import build_namespace
+from memkv_engines.vllm.idle_wait import IdleWait
 from memkv_engines.vllm.load_runs import clip, load_run
 from memkv_engines.vllm.lora import AdapterNamespaces
 from memkv_engines.vllm.metadata import Handshake, StepMetadata, WorkerReport
@@ -97,6 +98,7 @@ class SchedulerSide:
             counters=self.counters,
         )
         self._client.start()
+        self._idle = IdleWait(self._client.wait)
 
     def _set_failure_policy(self) -> None:
         transfer = self._vllm_config.kv_transfer_config
@@ -189,6 +191,9 @@ class SchedulerSide:
             return 0, False
         self._take_probes()
         hit = self._ask(request, computed_tokens)
+        while hit is None and self._idle.wait():
+            self._take_probes()
+            hit = self._ask(request, computed_tokens)
         if hit is not None and hit.tokens > computed_tokens:
             hit = self._gated(tracked, hit)
         if hit is None:
@@ -267,6 +272,7 @@ class SchedulerSide:
     @guarded(recover="_plan_failed")
     def after_alloc(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
         """``update_state_after_alloc``: pages for the external tokens exist; plan the load."""
+        self._idle.got_pages(request.request_id)
         if not external_tokens:
             return
         tracked = self._tracked(request)
@@ -329,6 +335,7 @@ class SchedulerSide:
         """``build_connector_meta``: what the workers are to do in this step."""
         # Not guarded as a whole: the engine waits for the loads in here, they must not get lost.
         meta, self._meta = self._meta, StepMetadata()
+        self._idle.step_planned()
         self._time_step(scheduler_output, meta)
         self._plan_stores(scheduler_output, meta)
         return meta
@@ -377,6 +384,7 @@ class SchedulerSide:
     def request_finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> tuple[bool, None]:
         """A request has ended: its tail is gathered at the start of the next step, before its pages are reused."""
         tracked = self._requests.pop(request.request_id, None)
+        self._idle.ended(request.request_id)
         if tracked is None or self._lookup is None or self._planner is None:
             return False, None
         self._lookup.forget_request(request.request_id)
