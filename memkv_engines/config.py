@@ -66,7 +66,11 @@ class TierConfig:
         "used (lru), or nothing, and stores stop (off)",
         choices=("segmented_lru", "lru", "off"),
     )
-    direct_io: str = _key("auto", "O_DIRECT: auto (probe and time), on, off", choices=("auto", "on", "off"))
+    direct_io: str = _key(
+        "auto",
+        "O_DIRECT: auto (probe and time), on, off; page_cache: buffered, and chunks stay in memory that is free",
+        choices=("auto", "on", "off", "page_cache"),
+    )
 
 
 @dataclass(frozen=True)

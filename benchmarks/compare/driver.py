@@ -172,13 +172,13 @@ class Driver:
         for name in list(self._sides):
             self.forget(name)
 
-    def all_sides(self) -> list[str]:
-        """Returns the sides that still run."""
-        return list(self._sides)
+    def asked_for_documents(self) -> list[str]:
+        """Returns the sides that still run and are asked for documents."""
+        return [name for name, side in self._sides.items() if not side.skips_documents]
 
     def storing(self) -> list[str]:
-        """Returns the sides that store."""
-        return [name for name, side in self._sides.items() if side.stores and not side.only_loads]
+        """Returns those of them that store."""
+        return [n for n in self.asked_for_documents() if self._sides[n].stores and not self._sides[n].only_loads]
 
     def visited_first(self) -> list[str]:
         """Returns the sides that compute what they have not seen: all but those that only load."""
@@ -191,7 +191,7 @@ class Driver:
     ) -> None:
         """First visits; notes which files `raw_of` stored for each document."""
         for unit, prompt in documents.items():
-            for name in self.order(self.visited_first()):
+            for name in self.order(set(self.visited_first()) & set(self.asked_for_documents())):
                 folder = self._sides[name].folder if name == raw_of else None
                 earlier = contents_of(folder) if folder else None
                 self.visit(

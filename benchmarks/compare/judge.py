@@ -21,6 +21,7 @@ from benchmarks.compare.names import (
     LINKER,
     LMCACHE_FS,
     MEMKV,
+    MEMKV_CACHED,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
@@ -409,7 +410,7 @@ def judge_vllm(body: Mapping[str, Any]) -> Verdict:
     # Recomputing with the same settings but for the connector comes first.
     cells = [
         cell
-        for side in (MEMKV, THROTTLED)
+        for side in (MEMKV, MEMKV_CACHED, THROTTLED)
         for cell in hit_cells(batches, side, (PREFIX_CACHE, NO_CACHE), MAX_NOISE if noise is None else noise)
     ]
     by_length = [f"{DOCUMENTS}, {length} tokens" for length in lengths]
@@ -424,7 +425,30 @@ def judge_vllm(body: Mapping[str, Any]) -> Verdict:
             f"{MEMKV}: conversations that outgrow the KV pool run at least 1.5 times as fast as without a cache",
         ),
         judge_throughput(
-            batches, CONVERSATIONS, MEMKV, peers, 1.0, f"{MEMKV}: they run at least as fast as with the best peer"
+            batches,
+            CONVERSATIONS,
+            MEMKV_CACHED,
+            [NO_CACHE],
+            THROUGHPUT_OVER_NO_CACHE,
+            f"{MEMKV_CACHED}: conversations that outgrow the KV pool run at least 1.5 times as fast as without a cache",
+        ),
+        # Like with like: the peers have memory before their disk, too.
+        judge_throughput(
+            batches,
+            CONVERSATIONS,
+            MEMKV_CACHED,
+            peers,
+            1.0,
+            f"{MEMKV_CACHED}: they run at least as fast as with the best peer",
+        ),
+        judge_throughput(
+            batches,
+            CONVERSATIONS,
+            MEMKV,
+            peers,
+            1.0,
+            f"{MEMKV}: they run at least as fast, each time from the disk, as with the best peer from memory",
+            required=False,
         ),
     ]
     others = [] if body["profile"]["only_documents"] else [CONVERSATIONS]
@@ -433,6 +457,7 @@ def judge_vllm(body: Mapping[str, Any]) -> Verdict:
         *(conversations if others else []),
         *judge_first_visit(batches),
         judge_hits(cells, MEMKV, [*by_length, *others], noise),
+        *([judge_hits(cells, MEMKV_CACHED, others, noise)] if others else []),
     ]
     if THROTTLED in body["profile"]["vllm_sides"]:
         judgements.append(judge_hits(cells, THROTTLED, by_length, noise))

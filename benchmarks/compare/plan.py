@@ -153,8 +153,9 @@ DEFAULT = Profile(
     kv_bytes=224 << 20,
     max_model_len=8192,
     documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=4, gate_rounds=3),
+    # Units of 2 conversations: 16 of them, which decide what 4 did not.
     conversations=Conversations(
-        count=8, together=2, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=1
+        count=8, together=2, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=4
     ),
     rag=Rag(
         system_tokens=512,
@@ -172,7 +173,7 @@ DEFAULT = Profile(
     sglang=Conversations(count=4, together=1, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=1, rounds=2),
     # One conversation and a little.
     sglang_pool_tokens=32 * 64,
-    vllm_minutes=15.0,
+    vllm_minutes=32.0,
     sglang_minutes=5.0,
 )
 FULL = replace(

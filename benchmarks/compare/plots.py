@@ -16,6 +16,7 @@ from benchmarks.compare.record import batches_of
 COLOURS = {
     "vllm, no cache": "#adb5bd", "vllm, prefix cache": "#6c757d", "vllm, native fs": "#f4a261",
     "lmcache, fs": "#e76f51", "lmcache, memkv": "#83c5be", "memkv": "#006d77", "memkv, slow tier": "#4ea8de",
+    "memkv, page cache": "#52b788",
     "sglang, no storage": "#adb5bd", "sglang, file": "#f4a261", "memkv hicache": "#006d77", "memkv linker": "#83c5be",
 }  # fmt: skip
 

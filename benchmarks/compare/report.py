@@ -10,12 +10,21 @@ import numpy as np
 
 from benchmarks.compare import judge
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION
-from benchmarks.compare.names import HICACHE, LINKER, LMCACHE_MEMKV, MEMKV, SGLANG_SIDES, THROTTLED, VLLM_SIDES
+from benchmarks.compare.names import (
+    HICACHE,
+    LINKER,
+    LMCACHE_MEMKV,
+    MEMKV,
+    MEMKV_CACHED,
+    SGLANG_SIDES,
+    THROTTLED,
+    VLLM_SIDES,
+)
 from benchmarks.compare.plan import RANDOM_335M
 from benchmarks.compare.record import Batch, batches_of
 from benchmarks.harness import percentile
 
-OURS = (MEMKV, LMCACHE_MEMKV, THROTTLED, HICACHE, LINKER)
+OURS = (MEMKV, MEMKV_CACHED, LMCACHE_MEMKV, THROTTLED, HICACHE, LINKER)
 ORDER = (*VLLM_SIDES, *SGLANG_SIDES)
 PLOT = "RESULTS.png"
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -24,6 +33,7 @@ NOTHING = "-"
 # Who of ours is held against whom, where rows that we lose are looked for.
 OPPONENTS = {
     "vllm": {MEMKV: ("vllm, no cache", "vllm, prefix cache", "vllm, native fs", "lmcache, fs"),
+             MEMKV_CACHED: ("vllm, no cache", "vllm, prefix cache", "vllm, native fs", "lmcache, fs"),
              LMCACHE_MEMKV: ("lmcache, fs",)},
     "sglang": {HICACHE: ("sglang, no storage", "sglang, file"), LINKER: ("sglang, no storage", "sglang, file")},
 }  # fmt: skip
@@ -313,7 +323,8 @@ def _setup(name: str, profile: Mapping[str, Any]) -> str:
     return (
         f"Model {MODELS[profile['model']]}. KV pool {profile['kv_bytes'] >> 20} MiB, blocks of {profile['block_size']} "
         f"tokens, at most {profile['max_model_len']} tokens. vLLM's native tier and LMCache have "
-        f"{profile['dram_tier_bytes'] >> 20} MiB of memory before their disk; ours has none, and stages in 256 MiB. "
+        f"{profile['dram_tier_bytes'] >> 20} MiB of memory before their disk; ours has none, and stages in 256 MiB; "
+        "with `page_cache` it has what the machine does not use otherwise. "
         "`connector` are tokens from there, whatever level they came from."
     )
 

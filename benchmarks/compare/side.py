@@ -177,12 +177,14 @@ class Side(ABC):
         what: One line on what it is.
         folder: Where it stores; None where nothing outlives eviction.
         only_loads: It stores nothing of its own and is asked only for what another side stored.
+        skips_documents: It is not asked for documents, whose files are dropped from the page cache.
     """
 
     name: str
     what: str
     folder: Path | None = None
     only_loads: bool = False
+    skips_documents: bool = False
 
     def prepare(self) -> None:  # noqa: B027
         """Starts what could not be started with the rest; all sides are prepared before one is waited for.

@@ -26,6 +26,7 @@ from benchmarks.compare.names import (
     LMCACHE_FS,
     LMCACHE_MEMKV,
     MEMKV,
+    MEMKV_CACHED,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
@@ -119,6 +120,7 @@ def vllm_makers(profile: Profile, model: Path, scratch: Path) -> dict[str, Make]
         LMCACHE_FS: lambda: lmcache(LMCACHE_FS, sides.fs_adapter),
         LMCACHE_MEMKV: lambda: lmcache(LMCACHE_MEMKV, sides.memkv_adapter),
         MEMKV: lambda: sides.MemKVSide(spec(), folder(MEMKV), log_of(MEMKV), cost_gate),
+        MEMKV_CACHED: lambda: sides.CachedSide(spec(), folder(MEMKV_CACHED), log_of(MEMKV_CACHED), cost_gate),
         THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED), cost_gate),
     }
     # LMCache's servers must be up before their engines can start: they go first.
@@ -174,7 +176,7 @@ def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, run: Run) -> None
     driver.documents_first(documents, plan, MEMKV, profile.block_size)
     run.say("documents: second visits")
     # The other side that recomputes is asked beside hits, further down.
-    driver.documents_again(documents, plan, 1, [name for name in driver.all_sides() if name != PREFIX_CACHE])
+    driver.documents_again(documents, plan, 1, [name for name in driver.asked_for_documents() if name != PREFIX_CACHE])
     for number in range(2, NEEDED_ROUNDS + 1):
         run.say(f"documents: round {number} of restores")
         driver.documents_again(longest, plan, number, driver.storing())
@@ -197,8 +199,8 @@ def hits_against_recomputing(
     """
     plan = profile.documents
     if run.late_sides:
-        # Both have been asked for everything, but for more restores by the second.
-        driver.retire([NO_CACHE, LMCACHE_MEMKV])
+        # They have been asked for everything, but for more restores by the second.
+        driver.retire([NO_CACHE, LMCACHE_MEMKV, MEMKV_CACHED])
     for name, make in run.late_sides:
         run.say("the slow tier's engine starts")
         # Its cost gate knows what prefill costs from prompts that it computes first.

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.lmcache_server import LMCacheServer
-from benchmarks.compare.names import LMCACHE_FS, LMCACHE_MEMKV, MEMKV, NATIVE, NO_CACHE, PREFIX_CACHE, THROTTLED
+from benchmarks.compare.names import (
+    LMCACHE_FS,
+    LMCACHE_MEMKV,
+    MEMKV,
+    MEMKV_CACHED,
+    NATIVE,
+    NO_CACHE,
+    PREFIX_CACHE,
+    THROTTLED,
+)
 from benchmarks.compare.side import Reply, Result, Side, SideFailed
 from benchmarks.engine_run import Engine, EngineFailed, EngineSpec
 from tests.environments.engine_env import ROOT
@@ -33,6 +42,8 @@ DESCRIPTIONS = {
     LMCACHE_FS: "LMCacheMPConnector and `lmcache server` with its own fs adapter as second level",
     LMCACHE_MEMKV: "the same with our adapter as second level",
     MEMKV: "MemKVConnector",
+    MEMKV_CACHED: "MemKVConnector with `direct_io: page_cache`: memory that the machine has to spare, as the peers "
+    "have theirs; not asked for documents, which have to come from the disk",
     THROTTLED: "MemKVConnector on the same directory, whose reads are slowed down to 50 MB/s; asked only for what "
     "`memkv` stored",
 }
@@ -119,6 +130,16 @@ class MemKVSide(VllmSide):
     def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
         connector = {"path": str(folder), "cost_gate": cost_gate}
         super().__init__(MEMKV, replace(spec, connector=connector), folder, log)
+
+
+class CachedSide(VllmSide):
+    """Ours through the page cache."""
+
+    skips_documents = True
+
+    def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
+        connector = {"path": str(folder), "cost_gate": cost_gate, "direct_io": "page_cache"}
+        super().__init__(MEMKV_CACHED, replace(spec, connector=connector), folder, log)
 
 
 class ThrottledSide(VllmSide):

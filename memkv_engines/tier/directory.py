@@ -73,7 +73,7 @@ class DirectoryTier(Tier):
 
     Args:
         root: the directory; made with mode 0700 if it is missing.
-        direct_io: ``auto``, ``on`` or ``off``, see ``probe_modes``.
+        direct_io: ``auto``, ``on``, ``off`` or ``page_cache``, see ``probe_modes``.
         capacity_bytes: bound on the bytes of chunks below ``root``, 0 for none; counted by all processes that share the
             directory and give a bound (``usage``), so that it is kept but for what a first scan has not seen yet.
             A store beyond it fails; ``evict`` makes room.
@@ -466,7 +466,7 @@ class DirectoryTier(Tier):
                 return probe_modes(self._root_fd, direct_io)
             except TierFull:
                 pass
-        mode = BUFFERED if direct_io == "off" else DIRECT
+        mode = BUFFERED if direct_io in ("off", "page_cache") else DIRECT
         why = "read-only tier" if self._read_only else "the device is full"
         return ModeReport(mode, f"{mode} assumed without a probe: {why}", {}, {})
 

@@ -20,6 +20,12 @@ from memkv_engines.limits import ALIGN_BYTES, MAX_IOVECS_PER_CALL, MIB
 from memkv_engines.transports.base import FileTransport
 
 DIRECT, DONTCACHE, BUFFERED = "direct", "dontcache", "buffered"
+_CANDIDATES = {
+    "auto": [DIRECT, DONTCACHE, BUFFERED],
+    "on": [DIRECT],
+    "off": [DONTCACHE, BUFFERED],
+    "page_cache": [BUFFERED],
+}
 RWF_DONTCACHE = 0x80
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -97,8 +103,9 @@ def probe_modes(dir_fd: int, direct_io: str = "auto", size_bytes: int = 8 * MIB,
 
     Args:
         dir_fd: descriptor of a writable directory; a scratch file is made and removed.
-        direct_io: ``on`` (direct or an error), ``off`` (never direct) or ``auto`` (the fastest sum of write and
-            read that works, direct preferred within 10%, since it spares the page cache and the CPU).
+        direct_io: ``on`` (direct or an error), ``off`` (never direct), ``auto`` (the fastest sum of write and read
+            that works, direct preferred within 10%, since it spares the page cache and the CPU), or ``page_cache``
+            (buffered: what was written or read stays in memory that the machine has to spare).
         size_bytes: bytes written and read per round.
         rounds: rounds per mode; medians are compared.
 
@@ -106,7 +113,7 @@ def probe_modes(dir_fd: int, direct_io: str = "auto", size_bytes: int = 8 * MIB,
         TierUnavailable: the directory takes no file, or ``on`` and direct I/O is refused.
         TierFull: there is no room for a probe file.
     """
-    candidates = {"on": [DIRECT], "off": [DONTCACHE, BUFFERED], "auto": [DIRECT, DONTCACHE, BUFFERED]}[direct_io]
+    candidates = _CANDIDATES[direct_io]
     writes: dict[str, float] = {}
     reads: dict[str, float] = {}
     refused: dict[str, str] = {}

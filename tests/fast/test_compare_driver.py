@@ -92,7 +92,7 @@ def run_all(sides: Sequence[FakeSide], path: Path, minutes: float = 1.0) -> dict
     driver.start([corpus.take(3) for _ in sides])
     documents = {f"document {number}": corpus.take(length) for number, length in enumerate(DOCUMENTS_PLAN.lengths)}
     driver.documents_first(documents, DOCUMENTS_PLAN, "nobody", 4)
-    driver.documents_again(documents, DOCUMENTS_PLAN, 1, driver.all_sides())
+    driver.documents_again(documents, DOCUMENTS_PLAN, 1, driver.asked_for_documents())
     driver.forget_all()
     driver.conversations(TALK, corpus, cold=True)
     driver.requests(RAG, [corpus.take(5) for _ in range(5)], 2, 2)
@@ -119,6 +119,14 @@ def test_all_sides_are_asked_for_the_same_and_none_always_first(tmp_path: Path) 
     assert len(talks[2][0]) == len(talks[0][0]) + TALK.answer_tokens + TALK.user_tokens
     assert {name: one["status"] for name, one in body["sides"].items()} == dict.fromkeys("abc", "ok")
     assert all(one.closed for one in sides)
+
+
+def test_a_side_may_leave_documents_out(tmp_path: Path) -> None:
+    sides = [FakeSide("a", tmp_path), FakeSide("talks", tmp_path)]
+    sides[1].skips_documents = True
+    body = run_all(sides, tmp_path / "record.json")
+    asked = {one.name: {b["workload"] for b in batches_of(body["batches"], side=one.name)} for one in sides}
+    assert asked["a"] - asked["talks"] == {DOCUMENTS} and CONVERSATIONS in asked["talks"]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +169,10 @@ def test_sides_may_go_and_come(tmp_path: Path) -> None:
     driver.add({"early": lambda: early})
     driver.start([[1]])
     driver.retire(["early", "nobody"])
-    assert early.closed == 1 and driver.all_sides() == []
+    assert early.closed == 1 and driver.asked_for_documents() == []
     driver.join("late", lambda: late, [[1, 2], [3]])
     driver.join("bad", partial(started, FakeSide("bad", None, fails_at="making")), [[1]])
-    assert driver.all_sides() == ["late"] and late.asked == [[[1, 2]], [[3]]]
+    assert driver.asked_for_documents() == ["late"] and late.asked == [[[1, 2]], [[3]]]
     driver.finish()
     assert {name: one["status"] for name, one in record.body["sides"].items()} == {
         "early": "ok", "late": "ok", "bad": "failed",

@@ -167,7 +167,7 @@ def test_a_full_device_is_reported_as_full(folder: int, monkeypatch: pytest.Monk
         probe_modes(folder)
 
 
-@pytest.mark.parametrize("direct_io", ["auto", "off"])
+@pytest.mark.parametrize("direct_io", ["auto", "off", "page_cache"])
 def test_a_real_probe_leaves_nothing_behind(folder: int, tmp_path: Path, direct_io: str) -> None:
     report = probe_modes(folder, direct_io, size_bytes=64 * KIB, rounds=1)
     assert report.mode in report.write_gb_per_s
