@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
         transport = services["off"].tier_name
     rows = summary(results, count * chunk_bytes)
     demo = json.loads(arguments.demo.read_text(encoding="utf-8")) if arguments.demo else {}
-    restores = [body for body in (demo, *demo.values()) if isinstance(body, dict) and "restore_ttft_s" in body]
+    restores = {"float32": demo, "bfloat16": demo.get("bf16", {})}
     record = {
         "benchmark": "protection",
         "tiny": arguments.tiny,
@@ -227,7 +227,9 @@ def main(argv: Sequence[str]) -> int:
         "results": rows,
         "in_memory_s": in_memory(chunk_bytes, max(rounds, 3)),
         "share_of_restore_percent": {
-            body["dtype"]: shares_of_restore(rows, count * chunk_bytes, body) for body in restores
+            dtype: shares_of_restore(rows, count * chunk_bytes, body)
+            for dtype, body in restores.items()
+            if "restore_ttft_s" in body
         },
     }
     harness.write_json(record, arguments.json)

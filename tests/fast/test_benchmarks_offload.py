@@ -32,7 +32,8 @@ def test_bench_gil(tmp_path: Path) -> None:
 def test_bench_protection(tmp_path: Path, direct: Path) -> None:
     out, demo = tmp_path / "protection.json", tmp_path / "demo.json"
     restore = {"dtype": "float32", "stored_bytes": 10**9, "prompts": [{}, {}], "restore_ttft_s": 0.5}
-    demo.write_text(json.dumps({**restore, "bf16": {**restore, "dtype": "bfloat16"}}))
+    meaning = {"restore_ttft_s": "the demo explains its fields"}
+    demo.write_text(json.dumps({**restore, "bf16": {**restore, "dtype": "bfloat16"}, "meaning": meaning}))
     code = bench_protection.main(["--tiny", "--directory", str(direct), "--json", str(out), "--demo", str(demo)])
     assert code == 0
     record = json.loads(out.read_text())
