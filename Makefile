@@ -43,7 +43,7 @@ trust: env-dev env-vllm env-sglang ## contention, hostile inputs, capacity, tena
 test-kernels: env-device ## the CUDA kernels without a GPU (part of `make test`)
 	@$(DEVICE) -m pytest tests/kernels $(ARGS)
 
-test-gpu: env-device ## the same and more on a real GPU (exit code 3 without one; not run on a GPU yet)
+test-gpu: env-device ## the same and more on a real GPU; engines with ARGS="--vllm PYTHON --sglang PYTHON" (exit code 3 without one; not run on a GPU yet)
 	@$(DEVICE) -m tests.gpu.run $(ARGS)
 
 bench-gpu: env-device ## gather and scatter on a real GPU (exit code 3 without one; not run on a GPU yet)

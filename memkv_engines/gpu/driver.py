@@ -251,7 +251,11 @@ class Driver:
         ask = getattr(self._api, "cuFuncGetParamInfo", None)
         if ask is None:
             return None
-        code, _, size = ask(function, 0)
+        try:
+            code, _, size = ask(function, 0)
+        except RuntimeError:
+            # What cuda-bindings raises for a function that it knows and the driver does not have.
+            return None
         return int(size) if int(code) == _SUCCESS else None
 
     def allow_shared(self, function: int, size_bytes: int) -> None:

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from memkv_engines.cli import doctor, main
 from memkv_engines.cli.doctor import engines, gpu, machine, storage
 from memkv_engines.cli.doctor.finding import NOTE, OK, PROBLEM, Finding, Host, guarded
+from memkv_engines.limits import GPU_MIN_DRIVER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -39,6 +41,18 @@ def test_it_needs_the_standard_library_only() -> None:
             for name in names:
                 own = name.startswith("memkv_engines.cli") or name == "memkv_engines.errors"
                 assert own or name.split(".")[0] in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def test_whatever_is_not_well_says_what_to_do_next() -> None:
+    """In the source, since no machine shows all of it."""
+    for path in (ROOT / "memkv_engines/cli/doctor").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding"):
+                continue
+            verdict = node.args[2]
+            has_next = len(node.args) >= 6 or any(keyword.arg == "next" for keyword in node.keywords)
+            is_well = isinstance(verdict, ast.Name) and verdict.id == "OK"
+            assert is_well or has_next, f"{path.name}:{node.lineno}: what to do about it is missing"
 
 
 def test_it_prints_where_nothing_is_installed(tier: Path) -> None:
@@ -164,6 +178,27 @@ def test_a_machine_with_gpus(gpu_host: Host) -> None:
     assert findings["cufile.json"].value == "allow_compat_mode false"
     assert findings["PCIe distance"].value == "SYS"
     assert findings["PCIe distance"].verdict == NOTE
+
+
+@pytest.mark.parametrize(("driver", "wrong"), [(12_040, {"cuda-bindings", "kvikio-cu13"}), (13_000, set()), (0, set())])
+def test_libraries_for_a_later_cuda_than_the_drivers(
+    driver: int, wrong: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"cuda-bindings": "13.0.1", "kvikio-cu13": "26.10.0", "nixl-cu12": "1.5.1"}
+    monkeypatch.setattr(gpu, "version_of", lambda name: installed.get(name, ""))
+    findings = by_name(gpu._bindings(driver))
+    assert {name for name, finding in findings.items() if finding.verdict == NOTE} == wrong
+    assert all("the driver offers 12" in findings[name].why for name in wrong)
+
+
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(version: object) -> None:
+        version._obj.value = 11_080  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _: SimpleNamespace(cuDriverGetVersion=tell))
+    finding, version = gpu._driver_library()
+    assert (finding.verdict, finding.value, version) == (PROBLEM, "CUDA 11.8", 11_080)
+    assert gpu.DRIVER_MIN == GPU_MIN_DRIVER
 
 
 def test_a_machine_without(tmp_path: Path) -> None:

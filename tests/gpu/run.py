@@ -1,7 +1,11 @@
 """Runs the tests that need a real device.
 
-    python -m tests.gpu.run                # exit code 3 without a device
-    python -m tests.gpu.run --sanitizer    # again under compute-sanitizer (memcheck, racecheck, initcheck, synccheck)
+    python -m tests.gpu.run                          # exit code 3 without a device
+    python -m tests.gpu.run --vllm PYTHON --sglang PYTHON   # each of an environment of its own
+    python -m tests.gpu.run --sanitizer              # again under compute-sanitizer (all its tools)
+
+The engines' tests run in the engines' own environments, which must see a CUDA build of the engine and
+`pip install -e '.[gpu]' pytest pytest-timeout` of this checkout. Which of them were not run is said at the end.
 
 Not run on a GPU yet.
 """
@@ -17,14 +21,35 @@ from pathlib import Path
 from tests.gpu.conftest import reason_for_no_device
 
 FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
 NO_DEVICE, NO_SANITIZER = 3, 4
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+ENGINES = {"vllm": "test_vllm_on_device.py", "sglang": "test_sglang_on_device.py"}
+
+
+def commands(pythons: dict[str, str], rest: list[str], sanitizer: str) -> list[list[str]]:
+    """What is to be run, in order.
+
+    Args:
+        pythons: the interpreter of each engine's environment.
+        rest: further arguments of pytest.
+        sanitizer: path of compute-sanitizer, empty to run without it. Engines never run under it.
+    """
+    engines = FOLDER / "engines"
+    tests = [sys.executable, "-m", "pytest", str(FOLDER), f"--ignore={engines}", *rest]
+    options = ["--error-exitcode", "9", "--target-processes", "all"]
+    plain = [[sanitizer, "--tool", tool, *options, *tests] for tool in TOOLS] if sanitizer else [tests]
+    return [*plain, *([pythons[name], "-m", "pytest", str(engines / ENGINES[name]), *rest] for name in pythons)]
 
 
 def main() -> int:
     """Runs pytest, or says what is missing; never 0 without having run a test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitizer", action="store_true", help="run under compute-sanitizer")
+    for name in ENGINES:
+        parser.add_argument(f"--{name}", metavar="PYTHON", help=f"Python of an environment with a CUDA build of {name}")
     arguments, rest = parser.parse_known_args()
     reason = reason_for_no_device()
     if reason:
@@ -32,18 +57,15 @@ def main() -> int:
             f"no test was run: they need a CUDA device, and there is none that can be used ({reason})", file=sys.stderr
         )
         return NO_DEVICE
-    tests = [sys.executable, "-m", "pytest", str(FOLDER), *rest]
-    if not arguments.sanitizer:
-        return subprocess.call(tests)
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = shutil.which("compute-sanitizer") if arguments.sanitizer else ""
     if sanitizer is None:
         print("compute-sanitizer is not on the path: it comes with the CUDA toolkit", file=sys.stderr)
         return NO_SANITIZER
-    codes = [
-        subprocess.call([sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *tests])
-        for tool in TOOLS
-    ]
-    return max(codes)
+    pythons = {name: getattr(arguments, name) for name in ENGINES if getattr(arguments, name)}
+    code = max(subprocess.call(command, cwd=ROOT) for command in commands(pythons, rest, sanitizer))
+    for name in ENGINES.keys() - pythons.keys():
+        print(f"not run: {name} on the device (--{name} PYTHON)", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Lists every line of the GPU path's modules that their tests do not execute, area by area.
 
-    python -m tests.kernels.unexecuted [gpu | transports]
+    python -m tests.kernels.unexecuted [gpu | transports | offload]
 
 Lines that stand here with a reason are listed with it; any other makes the exit code 1, and so does a reason whose line
-is executed or gone. Needs `coverage`. A test runs the area that takes seconds (`transports/test_unexecuted.py`).
+is executed or gone. Needs `coverage`. Tests run `gpu` and `transports` (`test_unexecuted.py`); `offload`
+takes a minute or two and is run by hand.
 """
 
 from __future__ import annotations
@@ -28,17 +29,31 @@ CHILD = "beside the fake driver such plugins hang or crash: refusal_of and vendo
 
 @dataclass(frozen=True)
 class Area:
-    """Modules, the tests that answer for them, and the lines that are left out: file, function, text, with a reason."""
+    """Modules, the tests that answer for them, and the lines that are left out.
+
+    Attributes:
+        modules: patterns below the package.
+        tests: files that pytest runs.
+        explained: lines that are left out: file, function and text, with the reason.
+        unexplained_max: others that may be left out; to be lowered, never raised.
+    """
 
     modules: tuple[str, ...]
     tests: tuple[str, ...]
     explained: dict[tuple[str, str, str], str]
+    unexplained_max: int = 0
 
 
 AREAS = {
     "gpu": Area(
         ("gpu/*.py",),
-        ("tests/kernels/driver", "tests/fast/test_gpu_pure.py"),
+        (
+            "tests/kernels/driver/test_faults.py",
+            "tests/kernels/driver/test_life.py",
+            "tests/kernels/driver/test_mover_bytes.py",
+            "tests/kernels/driver/test_refusals.py",
+            "tests/fast/test_gpu_pure.py",
+        ),
         {
             ("driver.py", "__init__", "except RuntimeError as error:"): NO_DRIVER,
             ("driver.py", "__init__", 'raise GpuUnavailable(f"no CUDA driver: {error}") from error'): NO_DRIVER,
@@ -72,6 +87,21 @@ AREAS = {
             ): NO_LIBRARY,
         },
     ),
+    "offload": Area(
+        ("offload/direct_*.py", "offload/device_*.py", "offload/pinned.py", "offload/moving.py"),
+        (
+            "tests/fast/test_device_client.py",
+            "tests/fast/test_direct_client.py",
+            "tests/fast/test_direct_sleep.py",
+            "tests/fast/test_gpu_door.py",
+            "tests/fast/test_io_service.py",
+            "tests/fast/test_stopped_loads.py",
+            "tests/kernels/transports/test_direct.py",
+        ),
+        {},
+        # Nearly all of them are run by the tests inside the engines, and a few depend on who is late.
+        unexplained_max=66,
+    ),
 }
 
 
@@ -93,7 +123,7 @@ def measure(area: Area) -> tuple[int, list[str]]:
     watch.start()
     code = int(pytest.main(["-q", *(str(ROOT / tests) for tests in area.tests)]))
     watch.stop()
-    problems, unused, executed = list[str](), set(area.explained), 0
+    problems, unused, executed, unexplained = list[str](), set(area.explained), 0, 0
     print("\nlines that were not executed:")
     for path in modules:
         _, statements, _, lines, _ = watch.analysis2(str(path))
@@ -107,7 +137,10 @@ def measure(area: Area) -> tuple[int, list[str]]:
             reason = area.explained.get(key)
             print(f"  {path.name}:{line}: {words}    # {reason or 'NOT EXPLAINED'}")
             if reason is None:
+                unexplained += 1
                 problems.append(f"{path.name}:{line}: not executed: {words}")
+    if unexplained <= area.unexplained_max:
+        problems = []
     problems += [f"{name}, {where}: explained, but executed or gone: {words}" for name, where, words in sorted(unused)]
     print(f"{executed} lines executed")
     return code, problems

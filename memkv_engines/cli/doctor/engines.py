@@ -62,10 +62,12 @@ def _door(name: str, run: tuple[str, ...], checked: tuple[str, ...], option: str
     if _is_one_of(version, run):
         yield Finding(AREA, name, OK, version, "the door was tested with this version", f"start it with {option}")
     elif _is_one_of(version, checked):
-        yield Finding(AREA, name, NOTE, version, "the door was checked against this version's sources, not run with it")
+        why = "the door was checked against this version's sources, not run with it"
+        yield Finding(AREA, name, NOTE, version, why, f"try it, or install {name} {run[-1]}")
     else:
         known = ", ".join((*run, *checked))
-        yield Finding(AREA, name, NOTE, version, f"the door is untested with this version; tested: {known}")
+        why = f"the door is untested with this version; tested: {known}"
+        yield Finding(AREA, name, NOTE, version, why, f"install {name} {run[-1]}, or try it and tell us")
 
 
 def _is_one_of(version: str, prefixes: tuple[str, ...]) -> bool:

@@ -17,8 +17,11 @@ from memkv_engines.cli.doctor.finding import COMMAND_TIMEOUT_S, NOTE, OK, PROBLE
 
 AREA = "gpu"
 NOT_YET = "the GPU path was tested on a fake driver only so far: run `make test-gpu` in a checkout, and tell us"
+GDS_OFF = "set gds=off, or mend the driver (gdscheck -p)"
 GDS_NEXT = "only where the KV cache is in GPU memory: mend it, or leave gds=auto"
 NIXL_MIN = (1, 5, 0)
+# As limits.GPU_MIN_DRIVER; a test holds the two equal.
+DRIVER_MIN = 12_000
 # Asking imports numpy, and where GPUDirect might work it tries it.
 CHOICE_TIMEOUT_S = 60.0
 
@@ -27,8 +30,9 @@ def check(host: Host, path: str = "") -> Iterator[Finding]:
     """GPU, what reads storage into it, and which transport would be taken for the tier's directory."""
     gpus = _gpus(host)
     yield from gpus
-    yield _driver_library()
-    yield _bindings()
+    library, version = _driver_library()
+    yield library
+    yield from _bindings(version)
     yield from _gds(host, has_gpu=bool(gpus) and gpus[0].verdict == OK)
     yield from _nixl(host)
     yield from _topology(host)
@@ -41,26 +45,44 @@ def _gpus(host: Host) -> list[Finding]:
     if not lines:
         kernel = host.text("proc/driver/nvidia/version")
         why = "the driver is loaded, but nvidia-smi does not answer" if kernel else "no NVIDIA driver is loaded"
-        return [Finding(AREA, "gpu", NOTE, "none", f"{why}: KV caches in CPU memory work")]
+        todo = "mend the driver" if kernel else "only if this host has a GPU: install the NVIDIA driver"
+        return [Finding(AREA, "gpu", NOTE, "none", f"{why}: KV caches in CPU memory work", todo)]
     return [Finding(AREA, f"gpu {number}", OK, line, NOT_YET) for number, line in enumerate(lines)]
 
 
-def _driver_library() -> Finding:
+def _driver_library() -> tuple[Finding, int]:
+    """What was found, and the CUDA version that the driver offers, such as 13000; 0 without one."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         version = ctypes.c_int()
         cuda.cuDriverGetVersion(ctypes.byref(version))
     except OSError as error:
-        return Finding(AREA, "libcuda", NOTE, "cannot be loaded", str(error))
-    return Finding(AREA, "libcuda", OK, f"CUDA {version.value // 1000}.{version.value % 1000 // 10}")
+        todo = "only a KV cache in GPU memory needs it: install the NVIDIA driver"
+        return Finding(AREA, "libcuda", NOTE, "cannot be loaded", str(error), todo), 0
+    told = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    if version.value < DRIVER_MIN:
+        why = f"CUDA {DRIVER_MIN // 1000} or later is needed: a KV cache in GPU memory is refused"
+        return Finding(AREA, "libcuda", PROBLEM, told, why, "update the NVIDIA driver"), version.value
+    return Finding(AREA, "libcuda", OK, told), version.value
 
 
-def _bindings() -> Finding:
+def _bindings(driver: int) -> Iterator[Finding]:
+    """The way to the driver, and which libraries are made for a later CUDA than the driver offers."""
     version = version_of("cuda-bindings")
-    if version:
-        return Finding(AREA, "cuda-bindings", OK, version)
-    why = "KV caches in GPU memory need it: pip install 'memkv-engines[gpu]'"
-    return Finding(AREA, "cuda-bindings", NOTE, "not installed", why)
+    if not version:
+        why = "KV caches in GPU memory need it"
+        yield Finding(AREA, "cuda-bindings", NOTE, "not installed", why, "pip install 'memkv-engines[gpu]'")
+    offered = driver // 1000
+    majors = {"cuda-bindings": version.split(".")[0]}
+    majors |= {f"{name}-cu{major}": major for name in ("kvikio", "nixl") for major in ("12", "13")}
+    for name, major in majors.items():
+        found = version_of(name)
+        if found and offered and int(major) > offered:
+            why = f"made for CUDA {major}, the driver offers {offered}"
+            todo = f"take the one for CUDA {offered}, or update the NVIDIA driver"
+            yield Finding(AREA, name, NOTE, found, why, todo)
+        elif found and name == "cuda-bindings":
+            yield Finding(AREA, name, OK, found)
 
 
 def _gds(host: Host, *, has_gpu: bool) -> Iterator[Finding]:
@@ -96,7 +118,7 @@ def _cufile_config(host: Host) -> str:
 def _nixl(host: Host) -> Iterator[Finding]:
     version = version_of("nixl-cu12") or version_of("nixl-cu13")
     if not version:
-        yield Finding(AREA, "NIXL", NOTE, "not installed", "only transport=nixl needs it")
+        yield Finding(AREA, "NIXL", NOTE, "not installed", next="only for transport=nixl: pip install nixl")
         return
     if tuple(int(part) for part in re.findall(r"\d{1,9}", version)[:3]) >= NIXL_MIN:
         yield Finding(AREA, "NIXL", OK, version, "transport=nixl can be used with the plugins that load")
@@ -105,7 +127,9 @@ def _nixl(host: Host) -> Iterator[Finding]:
         yield Finding(AREA, "NIXL", NOTE, version, why, "pip install -U nixl")
     for plugin in _nixl_plugins(host):
         reason = _why_not_loaded(plugin)
-        yield Finding(AREA, plugin.stem.removeprefix("libplugin_"), NOTE if reason else OK, reason or "loads")
+        name = plugin.stem.removeprefix("libplugin_")
+        todo = f"only for nixl_plugin={name}: install what it lacks" if reason else ""
+        yield Finding(AREA, name, NOTE if reason else OK, reason or "loads", next=todo)
 
 
 def _nixl_plugins(host: Host) -> list[Path]:
@@ -151,21 +175,24 @@ def _choice(host: Host, path: str) -> Iterator[Finding]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHOICE_TIMEOUT_S, env=environ)
         answers = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        yield Finding(AREA, "transport", NOTE, f"not decided after {CHOICE_TIMEOUT_S:.0f} s", "a driver may hang")
+        yield Finding(
+            AREA, "transport", NOTE, f"not decided after {CHOICE_TIMEOUT_S:.0f} s", "a driver may hang", GDS_OFF
+        )
         return
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         yield Finding(AREA, "transport", NOTE, "cannot be told", last, "mend what stands above first")
         return
     if "error" in answers:
-        yield Finding(AREA, "transport", PROBLEM, "the configuration is refused", answers["error"])
+        yield Finding(AREA, "transport", PROBLEM, "the configuration is refused", answers["error"], "correct this key")
         return
     for medium in ("host", "gpu"):
         answer = answers[medium]
         name = f"transport ({medium} KV)"
         if "error" in answer:
             # A policy for GPUs is wrong for host memory only where there is a GPU to run on.
-            yield Finding(AREA, name, NOTE, "refused", answer["error"])
+            todo = "only if an engine here has its KV cache there: change the key that is named"
+            yield Finding(AREA, name, NOTE, "refused", answer["error"], todo)
         else:
             value = f"{answer['kind']}, staged in {answer['medium']} memory"
             yield Finding(AREA, name, OK, value, answer["reason"])
@@ -183,4 +210,6 @@ def _topology(host: Host) -> Iterator[Finding]:
         "PXB": "every pair is behind PCIe switches",
         "PIX": "every pair is behind one PCIe switch",
     }
-    yield Finding(AREA, "PCIe distance", OK if worst in ("PXB", "PIX", "") else NOTE, worst, verdicts.get(worst, ""))
+    near = worst in ("PXB", "PIX", "")
+    todo = "" if near else "leave staging_medium=auto, which measures the way to the tier's own drives"
+    yield Finding(AREA, "PCIe distance", OK if near else NOTE, worst, verdicts.get(worst, ""), todo)

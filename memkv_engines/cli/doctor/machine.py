@@ -30,7 +30,8 @@ def _cores(host: Host) -> Finding:
     limit = int(limits[1]) / int(limits[2]) if limits else float(usable)
     value = f"{usable} of {os.cpu_count()} usable"
     if limit < usable:
-        return Finding(AREA, "cores", NOTE, f"{value}, of which the container may use {limit:g}", "I/O shares them")
+        told = f"{value}, of which the container may use {limit:g}"
+        return Finding(AREA, "cores", NOTE, told, "I/O shares them", "give the container a core for it")
     return Finding(AREA, "cores", OK, value)
 
 

@@ -56,9 +56,11 @@ def _file_system(host: Host, folder: Path) -> Finding:
     kind, mount, device = mount_of(host, folder)
     value = f"{kind} on {mount} ({device})"
     if kind in MEMORY:
-        return Finding(AREA, "file system", NOTE, value, "memory, which does not survive a restart of the machine")
+        why = "memory, which does not survive a restart of the machine"
+        return Finding(AREA, "file system", NOTE, value, why, "take a directory on a drive, unless that is wanted")
     if kind.startswith(NETWORK):
-        return Finding(AREA, "file system", NOTE, value, "a network file system: several hosts can share the tier")
+        why = "a network file system: several hosts can share the tier"
+        return Finding(AREA, "file system", NOTE, value, why, "give each host that shares it the same path and keys")
     return Finding(AREA, "file system", OK, value)
 
 
@@ -98,7 +100,8 @@ def _direct_io(folder: Path) -> Finding:
                 os.pwritev(fd, [page], 0)
     except OSError as error:
         why = "buffered I/O works, and costs CPU time and page cache"
-        return Finding(AREA, "direct I/O", NOTE, f"refused: {error.strerror}", why)
+        todo = "take a directory on ext4 or xfs, if one is at hand"
+        return Finding(AREA, "direct I/O", NOTE, f"refused: {error.strerror}", why, todo)
     told = (
         f"alignment {align[0]} B in memory, {align[1]} B in files"
         if any(align)
@@ -145,7 +148,8 @@ def _rates(folder: Path, *, direct: bool) -> Iterator[Finding]:
     for name, done, seconds in (("write rate", written, write_s), ("read rate", read, read_s)):
         rate = done / seconds / 1e9 if seconds else 0.0
         why = f"{KV_BYTES_8B / rate / 1e6:.0f} ms for 1,000 tokens of an 8B model in 16 bits" if rate else ""
-        yield Finding(AREA, name, OK if rate > 1 else NOTE, f"{rate:.2f} GB/s ({how})", why)
+        todo = "" if rate > 1 else "take a faster drive, or several (path); leave cost_gate=on"
+        yield Finding(AREA, name, NOTE if todo else OK, f"{rate:.2f} GB/s ({how})", why, todo)
 
 
 def _timed(files: list[int], move: object, limit: int = CHUNKS_PER_THREAD) -> tuple[int, float]:

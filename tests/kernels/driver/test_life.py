@@ -41,6 +41,7 @@ def test_a_slot_whose_copy_is_overdue_is_not_reused(engine: Engine, pool: Pool, 
         with pytest.raises(GpuOverdue, match="has not ended after 0"):
             ticket.wait(0.01)
     assert mover.gather(0, [1], engine.region_address, after_stream=engine.stream) is None
+    assert mover.scatter(0, engine.region_address, [1], after_stream=engine.stream) is None
     assert mover.acquire_slot() is None
     stats = mover.stats()
     assert (stats.overdue, stats.in_flight, stats.free_slots) == (2, 2, 0)

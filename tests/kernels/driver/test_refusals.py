@@ -53,6 +53,8 @@ def mover(engine: Engine, pool: Pool) -> Any:
         ([0, 2**31 - 1], "outside"),
         ([0, 2**40], "outside"),
         (list(range(4)) * 2000, "1 to 4096"),
+        ([2**70], "no numbers of blocks"),
+        (["two"], "no numbers of blocks"),
     ],
 )
 def test_block_ids(mover: DeviceMover, engine: Engine, ids: Any, text: str) -> None:
@@ -294,6 +296,31 @@ def test_a_driver_that_does_not_offer_what_it_should(
 def test_old_bindings_cannot_tell_the_size_of_arguments(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(engine.api, "cuFuncGetParamInfo")
     DeviceMover(0, slot_bytes=1 << 20).close()
+
+
+def test_an_old_driver_cannot_tell_the_size_of_arguments(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object) -> None:
+        raise RuntimeError("function cuFuncGetParamInfo is not found")
+
+    monkeypatch.setattr(engine.api, "cuFuncGetParamInfo", ask)
+    DeviceMover(0, slot_bytes=1 << 20).close()
+
+
+def test_bindings_that_are_newer_than_the_driver() -> None:
+    """In a process of its own: cuda-bindings looks for the driver's functions once."""
+    code = """
+from tests.fake_cuda.control import load
+from tests.kernels.routes import build_route
+fake = load()
+fake.set_kernels(build_route("sm_90"))
+fake.reset(0)
+fake.set_driver_version(12000)
+from memkv_engines.gpu.mover import DeviceMover
+DeviceMover(0, slot_bytes=1 << 20, bulk=True).close()
+print(fake.report().violations)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_no_driver() -> None:
