@@ -27,7 +27,7 @@ demo-sglang: env-sglang ## the same in SGLang, beside SGLang's own file backend 
 test: ## every test gate, within its time budget (builds what it needs)
 	@$(PYTHON) tests/run_gates.py $(ARGS)
 
-faults: env-dev env-vllm env-sglang ## every fault against every door, at length; a table and build/faults.json (half an hour a round)
+faults: env-dev env-vllm env-sglang ## every fault against every door, at length; a table and build/faults.json (about ten minutes a round)
 	@$(VLLM) -m tests.environments.models tiny-llama
 	@$(SGLANG) -m tests.environments.sglang_models tiny-sg-llama
 	@$(DEV) -m tests.faults $(ARGS)

@@ -5,7 +5,8 @@
     python -m tests.gpu.run --sanitizer              # again under compute-sanitizer (all its tools)
 
 The engines' tests run in the engines' own environments, which must see a CUDA build of the engine and
-`pip install -e '.[gpu]' pytest pytest-timeout` of this checkout. Which of them were not run is said at the end.
+`pip install -e '.[gpu]' pytest pytest-timeout` of this checkout. Which of them were not run is said at the end, and the
+exit code is then 5 where all else passed.
 
 Not run on a GPU yet.
 """
@@ -22,7 +23,7 @@ from tests.gpu.conftest import reason_for_no_device
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-NO_DEVICE, NO_SANITIZER = 3, 4
+NO_DEVICE, NO_SANITIZER, NO_ENGINE = 3, 4, 5
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -45,7 +46,7 @@ def commands(pythons: dict[str, str], rest: list[str], sanitizer: str) -> list[l
 
 
 def main() -> int:
-    """Runs pytest, or says what is missing; never 0 without having run a test."""
+    """Runs pytest, or says what is missing; 0 only where everything was run and passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitizer", action="store_true", help="run under compute-sanitizer")
     for name in ENGINES:
@@ -63,9 +64,10 @@ def main() -> int:
         return NO_SANITIZER
     pythons = {name: getattr(arguments, name) for name in ENGINES if getattr(arguments, name)}
     code = max(subprocess.call(command, cwd=ROOT) for command in commands(pythons, rest, sanitizer))
-    for name in ENGINES.keys() - pythons.keys():
+    missing = ENGINES.keys() - pythons.keys()
+    for name in sorted(missing):
         print(f"not run: {name} on the device (--{name} PYTHON)", file=sys.stderr)
-    return code
+    return code or (NO_ENGINE if missing else 0)
 
 
 if __name__ == "__main__":

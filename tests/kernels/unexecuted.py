@@ -99,7 +99,7 @@ AREAS = {
             "tests/kernels/transports/test_direct.py",
         ),
         {},
-        # Nearly all of them are run by the tests inside the engines, and a few depend on who is late.
+        # A bound and no proof: what engines alone do is not run here, and a few lines depend on who is late.
         unexplained_max=66,
     ),
 }
