@@ -165,7 +165,7 @@ def log_of(name: str) -> Path:
 
 
 def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, run: Run) -> None:
-    """All workloads in vLLM: what is needed first, more rounds of it while there is time."""
+    """All workloads in vLLM."""
     plan = profile.documents
     driver.start([corpus.take(min(WARM_UP_TOKENS, profile.max_model_len // 2)) for _ in VLLM_SIDES])
     documents = {
@@ -177,17 +177,14 @@ def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, run: Run) -> None
     run.say("documents: second visits")
     # The other side that recomputes is asked beside hits, further down.
     driver.documents_again(documents, plan, 1, [name for name in driver.asked_for_documents() if name != PREFIX_CACHE])
-    for number in range(2, NEEDED_ROUNDS + 1):
+    for number in range(2, plan.restores + 1):
+        if number > NEEDED_ROUNDS and run.is_late(f"documents: restores from round {number} on"):
+            break
         run.say(f"documents: round {number} of restores")
         driver.documents_again(longest, plan, number, driver.storing())
     if not profile.only_documents:
         other_workloads(driver, profile, corpus, run.say)
     hits_against_recomputing(driver, profile, documents, corpus, run)
-    for number in range(NEEDED_ROUNDS + 1, plan.restores + 1):
-        if run.is_late(f"documents: restores from round {number} on"):
-            break
-        run.say(f"documents: round {number} of restores")
-        driver.documents_again(longest, plan, number, driver.storing())
 
 
 def hits_against_recomputing(
@@ -199,7 +196,7 @@ def hits_against_recomputing(
     """
     plan = profile.documents
     if run.late_sides:
-        # They have been asked for everything, but for more restores by the second.
+        # They have been asked for everything.
         driver.retire([NO_CACHE, LMCACHE_MEMKV, MEMKV_CACHED])
     for name, make in run.late_sides:
         run.say("the slow tier's engine starts")
