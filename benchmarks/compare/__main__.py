@@ -236,7 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stages", type=lambda text: text.split(","), default=list(STAGES), help="vllm, sglang, or both"
     )
-    parser.add_argument("--sides", type=lambda text: text.split(";"), help="only these, separated by semicolons")
+    parser.add_argument(
+        "--sides",
+        type=lambda text: [name.strip() for name in text.split(";")],
+        help="only these, separated by semicolons",
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the sides store")
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for the JSON")
     parser.add_argument("--results", type=Path, help="folder for RESULTS.md (benchmarks/; the output's where tiny)")
