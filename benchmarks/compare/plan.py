@@ -153,8 +153,7 @@ DEFAULT = Profile(
     kv_bytes=224 << 20,
     max_model_len=8192,
     documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=4, gate_rounds=3),
-    # Units of 2 conversations: 8 of them. With three turns, a first one and two that return, the promise of 1.5 times
-    # would be about what is possible at all.
+    # Two at a time are a unit of what is judged: 8 units.
     conversations=Conversations(
         count=8, together=2, turns=4, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=2
     ),

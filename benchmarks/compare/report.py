@@ -11,11 +11,17 @@ import numpy as np
 from benchmarks.compare import judge
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION
 from benchmarks.compare.names import (
+    FILE,
     HICACHE,
     LINKER,
+    LMCACHE_FS,
     LMCACHE_MEMKV,
     MEMKV,
     MEMKV_CACHED,
+    NATIVE,
+    NO_CACHE,
+    NO_STORAGE,
+    PREFIX_CACHE,
     SGLANG_SIDES,
     THROTTLED,
     VLLM_SIDES,
@@ -31,12 +37,11 @@ TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", RANDOM_335M: "Qwen3 of 335 million random weights"}
 NOTHING = "-"
 # Who of ours is held against whom, where rows that we lose are looked for.
+_IN_VLLM, _IN_SGLANG = (NO_CACHE, PREFIX_CACHE, NATIVE, LMCACHE_FS), (NO_STORAGE, FILE)
 OPPONENTS = {
-    "vllm": {MEMKV: ("vllm, no cache", "vllm, prefix cache", "vllm, native fs", "lmcache, fs"),
-             MEMKV_CACHED: ("vllm, no cache", "vllm, prefix cache", "vllm, native fs", "lmcache, fs"),
-             LMCACHE_MEMKV: ("lmcache, fs",)},
-    "sglang": {HICACHE: ("sglang, no storage", "sglang, file"), LINKER: ("sglang, no storage", "sglang, file")},
-}  # fmt: skip
+    "vllm": {MEMKV: _IN_VLLM, MEMKV_CACHED: _IN_VLLM, LMCACHE_MEMKV: (LMCACHE_FS,)},
+    "sglang": {HICACHE: _IN_SGLANG, LINKER: _IN_SGLANG},
+}
 
 
 def is_later(batch: Batch) -> bool:

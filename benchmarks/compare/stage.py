@@ -119,7 +119,7 @@ def vllm_makers(profile: Profile, model: Path, scratch: Path) -> dict[str, Make]
         NATIVE: lambda: sides.NativeSide(spec(), folder(NATIVE), log_of(NATIVE), dram_bytes),
         LMCACHE_FS: lambda: lmcache(LMCACHE_FS, sides.fs_adapter),
         LMCACHE_MEMKV: lambda: lmcache(LMCACHE_MEMKV, sides.memkv_adapter),
-        MEMKV: lambda: sides.MemKVSide(spec(), folder(MEMKV), log_of(MEMKV), cost_gate),
+        MEMKV: lambda: sides.MemKVSide(MEMKV, spec(), folder(MEMKV), log_of(MEMKV), cost_gate=cost_gate),
         MEMKV_CACHED: lambda: sides.CachedSide(spec(), folder(MEMKV_CACHED), log_of(MEMKV_CACHED), cost_gate),
         THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED), cost_gate),
     }

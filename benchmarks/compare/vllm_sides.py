@@ -125,34 +125,39 @@ class NativeSide(VllmSide):
 
 
 class MemKVSide(VllmSide):
-    """Ours."""
+    """Ours.
 
-    def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
-        connector = {"path": str(folder), "cost_gate": cost_gate}
-        super().__init__(MEMKV, replace(spec, connector=connector), folder, log)
+    Args:
+        name: A key of `DESCRIPTIONS`.
+        spec: The engine, without a connector.
+        folder: Where it stores.
+        log: Where the engine's output goes.
+        extra: Further settings of the connector.
+    """
+
+    def __init__(self, name: str, spec: EngineSpec, folder: Path, log: Path, **extra: Any) -> None:
+        super().__init__(name, replace(spec, connector={"path": str(folder), **extra}), folder, log)
 
 
-class CachedSide(VllmSide):
+class CachedSide(MemKVSide):
     """Ours through the page cache."""
 
     skips_documents = True
 
     def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
-        connector = {"path": str(folder), "cost_gate": cost_gate, "direct_io": "page_cache"}
-        super().__init__(MEMKV_CACHED, replace(spec, connector=connector), folder, log)
+        super().__init__(MEMKV_CACHED, spec, folder, log, cost_gate=cost_gate, direct_io="page_cache")
 
 
-class ThrottledSide(VllmSide):
+class ThrottledSide(MemKVSide):
     """Ours on another side's directory, slowed down."""
 
     only_loads = True
 
     def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
         self._injector = Injector(folder)
-        environment = {**spec.environment, **self._injector.environment()}
-        connector = {"path": str(folder), "store": False, "cost_gate": cost_gate}
+        slowed = replace(spec, environment={**spec.environment, **self._injector.environment()})
         try:
-            super().__init__(THROTTLED, replace(spec, connector=connector, environment=environment), folder, log)
+            super().__init__(THROTTLED, slowed, folder, log, store=False, cost_gate=cost_gate)
         except BaseException:
             self._injector.close()
             raise
