@@ -25,8 +25,6 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 NO_DEVICE, NO_SANITIZER, NO_ENGINE = 3, 4, 5
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-
-
 ENGINES = {"vllm": "test_vllm_on_device.py", "sglang": "test_sglang_on_device.py"}
 
 
@@ -43,6 +41,11 @@ def commands(pythons: dict[str, str], rest: list[str], sanitizer: str) -> list[l
     options = ["--error-exitcode", "9", "--target-processes", "all"]
     plain = [[sanitizer, "--tool", tool, *options, *tests] for tool in TOOLS] if sanitizer else [tests]
     return [*plain, *([pythons[name], "-m", "pytest", str(engines / ENGINES[name]), *rest] for name in pythons)]
+
+
+def exit_code(codes: list[int], *, all_engines: bool) -> int:
+    """That of the first command that failed, also one that a signal ended (negative); else whether all were run."""
+    return next((abs(code) for code in codes if code), 0 if all_engines else NO_ENGINE)
 
 
 def main() -> int:
@@ -63,11 +66,11 @@ def main() -> int:
         print("compute-sanitizer is not on the path: it comes with the CUDA toolkit", file=sys.stderr)
         return NO_SANITIZER
     pythons = {name: getattr(arguments, name) for name in ENGINES if getattr(arguments, name)}
-    code = max(subprocess.call(command, cwd=ROOT) for command in commands(pythons, rest, sanitizer))
+    codes = [subprocess.call(command, cwd=ROOT) for command in commands(pythons, rest, sanitizer)]
     missing = ENGINES.keys() - pythons.keys()
     for name in sorted(missing):
         print(f"not run: {name} on the device (--{name} PYTHON)", file=sys.stderr)
-    return code or (NO_ENGINE if missing else 0)
+    return exit_code(codes, all_engines=not missing)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.run import ENGINES, FOLDER, NO_DEVICE, ROOT, TOOLS, commands
+from tests.gpu.run import ENGINES, FOLDER, NO_DEVICE, NO_ENGINE, ROOT, TOOLS, commands, exit_code
 
 # Asked in a process of its own: here the fake driver is loaded.
 _ASK = [sys.executable, "-c", "import ctypes; ctypes.CDLL('libcuda.so.1')"]
@@ -32,6 +32,14 @@ def test_engines_run_in_their_own_environments_and_never_under_the_sanitizer() -
     assert [command[2] for command in watched[: len(TOOLS)]] == list(TOOLS)
     assert [command[0] for command in watched[len(TOOLS) :]] == ["/v/python", "/s/python"]
     assert all(Path(FOLDER / "engines" / name).is_file() for name in ENGINES.values())
+
+
+@pytest.mark.parametrize(
+    ("codes", "all_engines", "code"),
+    [([0, 0], True, 0), ([0, 0], False, NO_ENGINE), ([0, 1, 0], False, 1), ([0, -11], True, 11)],
+)
+def test_it_is_0_only_where_everything_ran_and_passed(codes: list[int], all_engines: bool, code: int) -> None:
+    assert exit_code(codes, all_engines=all_engines) == code
 
 
 @without_a_driver
