@@ -14,7 +14,7 @@ import numpy as np
 from memkv_engines.config import Config
 from memkv_engines.doors.fingerprint import parameter_sums
 from memkv_engines.doors.io_client import worker_client
-from memkv_engines.log import get_logger
+from memkv_engines.log import Throttle, get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import LoadResult, StoreResult
@@ -26,6 +26,14 @@ from memkv_engines.vllm import compat, geometry
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
 
 log = get_logger(__name__)
+
+# A full tier loses chunks with every request.
+LOST_STORES_LINE_S = 60.0
+_LOST = {
+    "failed": "failed",
+    "full": "full (free the device or raise capacity_bytes)",
+    "shed": "shed (the tier is slower than the engine computes)",
+}
 
 
 class WorkerSide:
@@ -51,6 +59,7 @@ class WorkerSide:
         self._bad_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._failed: set[str] = set()
+        self._lines = Throttle(LOST_STORES_LINE_S)
         geometry.reject_unsupported(vllm_config)
 
     # --- start-up ------------------------------------------------------------
@@ -175,11 +184,19 @@ class WorkerSide:
 
     def _take_store(self, result: StoreResult) -> None:
         outcomes = result.outcomes
+        self._tell_lost(outcomes)
         pattern = self._skipped.pop(result.job_id, None)
         if pattern is not None:
             mine = iter(outcomes)
             outcomes = tuple(p or next(mine) for p in pattern)
         self._report.stored[result.job_id] = (1, outcomes)
+
+    def _tell_lost(self, outcomes: Sequence[str]) -> None:
+        lost = [outcome for outcome in outcomes if outcome not in ("stored", "present")]
+        held = self._lines.admit("store") if lost else None
+        if held is not None:
+            text = "%d of %d chunks were not stored and will be recomputed: %s (%d more such lines held back)"
+            log.warning(text, len(lost), len(outcomes), ", ".join(_LOST[kind] for kind in sorted(set(lost))), held)
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended, and those of them that failed with several KV groups."""

@@ -46,6 +46,7 @@ class Variant:
         start: arguments of the start.
         extra: of the connector.
         after: steps once it has started.
+        freezes: of the I/O process, other than usual (`Contention`).
     """
 
     pages: int = 32
@@ -54,6 +55,7 @@ class Variant:
     start: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     after: tuple[Step, ...] = ()
+    freezes: dict[str, float] = field(default_factory=dict)
 
 
 VARIANTS = {
@@ -81,7 +83,8 @@ def one_engine(variant: Variant, rounds: int, seed: int) -> dict[str, Any]:
                 *variant.before,
                 start(MODEL, tier, engine=engine, **variant.extra) | variant.start,
                 *variant.after,
-                {"do": "contend", "name": "rounds", "rounds": rounds, "seed": seed, "trace": str(trace)},
+                {"do": "contend", "name": "rounds", "rounds": rounds, "seed": seed, "trace": str(trace)}
+                | variant.freezes,
                 timeout_s=LONG_TIMEOUT_S,
             )
             compared = play(
@@ -116,8 +119,8 @@ def play_variant(name: str, rounds: int, seed: int, progress: tqdm[Any]) -> dict
 
 
 def control() -> Variant:
-    """The same without the fence."""
-    return Variant(after=({"do": "unfence"},))
+    """The same without the fence, and with gathers so late that pages have been given to others meanwhile."""
+    return Variant(after=({"do": "unfence"},), freezes={"freeze_s": 0.2, "freeze_per_step": 0.2})
 
 
 def broken(name: str, found: dict[str, Any]) -> list[str]:

@@ -38,7 +38,6 @@ ABORT_PER_STEP = 0.12
 # The others have not begun, or were preempted.
 ABORT_RUNNING_SHARE = 0.8
 IN_FLIGHT = 12
-FREEZE_PER_STEP = 0.05
 # What a block's values may differ by between a prompt computed in one step and alone, and the same tokens computed
 # piece by piece and beside others. Another token's values differ by more than 1000 times as much (`closest_foreign`).
 TOLERANCE = 1e-3
@@ -73,12 +72,14 @@ class Contention:
         freeze_pid: gives the I/O process that is stopped now and then for a moment, so that gathers are late; None
             where there is none.
         freeze_s: for how long.
+        freeze_per_step: how likely it is that it is stopped before a step.
     """
 
     llm: LLM
     seed: int
     freeze_pid: Callable[[], int | None]
     freeze_s: float = 0.02
+    freeze_per_step: float = 0.05
     ended: list[Ended] = field(default_factory=list)
     steps: int = 0
     freezes: int = 0
@@ -96,7 +97,7 @@ class Contention:
         while len(self.ended) < rounds:
             while len(self._running) < IN_FLIGHT and self._sent < rounds:
                 self._send()
-            if self._choice.random() < FREEZE_PER_STEP:
+            if self._choice.random() < self.freeze_per_step:
                 self._freeze()
             self._step()
             if self._running and self._choice.random() < ABORT_PER_STEP:

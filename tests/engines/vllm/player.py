@@ -229,10 +229,10 @@ class Player:
         (name,) = set(requests) - known
         return requests[name]
 
-    def contend(self, rounds: int, seed: int, trace: str) -> Report:
-        """Let requests fight for pages until so many have ended; see `contention.py`."""
+    def contend(self, rounds: int, seed: int, trace: str, **freezes: float) -> Report:
+        """Let requests fight for pages until so many have ended; see `contention.py`, also for `freezes`."""
         before = self._counted()
-        played = Contention(self._engine, seed, lambda: self._worker.child_pid).play(rounds, Path(trace))
+        played = Contention(self._engine, seed, lambda: self._worker.child_pid, **freezes).play(rounds, Path(trace))
         self.settle()
         return {**played, "counted": self._since(before)}
 

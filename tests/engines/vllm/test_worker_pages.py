@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from memkv_engines.config import Config
 from memkv_engines.errors import ConfigError, GpuOverdue, LayoutError
-from memkv_engines.offload.client import IoClient
+from memkv_engines.offload.client import IoClient, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient
 
@@ -194,3 +196,24 @@ def test_a_worker_watches_where_its_pages_may_be_unmapped(
     allocator.wake_up()
     expected = ["suspend", "sleep None", "wake up None", "wake"]
     assert calls == (expected if enabled and on_gpu else expected[1:3])
+
+
+def test_chunks_that_were_not_stored_are_told_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
+    )
+    side = worker_side.WorkerSide(SimpleNamespace(parallel_config=parallel), None, Config(), stores=True)
+    outcomes = iter([("stored", "present"), ("stored", "full", "shed"), ("failed",)])
+    client = SimpleNamespace(poll=lambda: [StoreResult(1, next(outcomes))])
+    monkeypatch.setattr(side, "_client", client)
+    monkeypatch.setattr(logging.getLogger("memkv_engines"), "propagate", True)
+    side.poll()
+    assert not caplog.records
+    side.poll()
+    side.poll()
+    (line,) = caplog.messages
+    assert line.startswith("2 of 3 chunks were not stored") and "full (free the device" in line and "shed (" in line
+    report = side.take_report()
+    assert report is not None and report.stored == {1: (1, ("failed",))}
