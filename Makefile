@@ -6,6 +6,8 @@ DEV  := .venvs/dev/bin/python
 VLLM := .venvs/vllm/bin/python
 SGLANG := .venvs/sglang/bin/python
 DEVICE := .venvs/device/bin/python
+# Where this is set, every process would compile what it imports, every time: with an engine, that doubles a start.
+export PYTHONDONTWRITEBYTECODE :=
 # Arguments for the script behind a target, as in: make bench-tier ARGS="--help"
 ARGS ?=
 

@@ -18,12 +18,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from tests.environments.engine_env import ROOT, engine_env
 
 CONNECTOR = "MemKVConnector"
 CONNECTOR_MODULE = "memkv_engines.vllm.connector"
+# Names the socket of a process that has imported vLLM and forks engines (`tests/engines/vllm/engine_runner.py`), for
+# tests, which start many. A user's engines, and those that are measured, import it themselves.
+FORKS_FROM = "MEMKV_FORK_ENGINES_FROM"
 STOP_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 40
 LOG_LINE_CHARS = 400
@@ -133,21 +136,9 @@ class Engine:
         log.parent.mkdir(parents=True, exist_ok=True)
         request_read, request_write = os.pipe()
         answer_read, answer_write = os.pipe()
-        command = [spec.python, "-m", "benchmarks.engine_run", str(request_read), str(answer_write)]
-        overrides = {"VLLM_CPU_OMP_THREADS_BIND": spec.threads, "PYTHONUNBUFFERED": "1", **spec.environment}
         started = time.monotonic()
         with log.open("w") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=engine_env(None, **overrides),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(request_read, answer_write),
-                # The engine has children of its own; one group ends them together.
-                start_new_session=True,
-            )
+            self._process = _start(spec, request_read, answer_write, output)
         os.close(request_read)
         os.close(answer_write)
         self._requests: IO[str] = os.fdopen(request_write, "w")
@@ -289,6 +280,40 @@ class Engine:
             self.abort()
 
 
+class Process(Protocol):
+    """An engine's process, the leader of a session of its own."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Waits for its end; raises `subprocess.TimeoutExpired`."""
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+
+
+def _start(spec: EngineSpec, requests: int, answers: int, output: IO[str]) -> Process:
+    overrides = {"VLLM_CPU_OMP_THREADS_BIND": spec.threads, "PYTHONUNBUFFERED": "1", **spec.environment}
+    environment = engine_env(None, **overrides)
+    parent = environment.get(FORKS_FROM)
+    if parent and spec.python == sys.executable:
+        from tests.engines.vllm.forked_process import ForkedProcess
+
+        return ForkedProcess(parent, environment, [requests, answers, output.fileno()])
+    return subprocess.Popen(
+        [spec.python, "-m", "benchmarks.engine_run", str(requests), str(answers)],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        pass_fds=(requests, answers),
+        # The engine has children of its own; one group ends them together.
+        start_new_session=True,
+    )
+
+
 def tail_of(log: Path, lines: int = LOG_TAIL_LINES) -> str:
     """Returns the end of a log, with its path."""
     try:
@@ -404,11 +429,11 @@ def _ends_with_parent() -> Iterator[None]:
     yield
 
 
-def main() -> None:
-    """Serves the pipe given as two descriptors on the command line."""
-    with _ends_with_parent(), os.fdopen(int(sys.argv[1])) as requests, os.fdopen(int(sys.argv[2]), "w") as answers:
+def serve(request_descriptor: int, answer_descriptor: int) -> None:
+    """Builds an engine and answers requests until their pipe is closed."""
+    with _ends_with_parent(), os.fdopen(request_descriptor) as requests, os.fdopen(answer_descriptor, "w") as answers:
         _serve(requests, answers)
 
 
 if __name__ == "__main__":
-    main()
+    serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -14,6 +14,8 @@ def engine_settings() -> dict[str, str]:
     """Returns the variables that every engine process started by tests, demo and benchmarks gets."""
     return {
         "HF_HUB_OFFLINE": "1",
+        # Each of an engine's processes would take up to a minute to compile what it imports, every time.
+        "PYTHONDONTWRITEBYTECODE": "",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -26,8 +28,6 @@ def sglang_settings() -> dict[str, str]:
     """Returns the variables that every process which imports SGLang gets, in addition to `engine_settings`."""
     return {
         "SGLANG_USE_CPU_ENGINE": "1",
-        # An engine is three processes, and each would take a minute to compile what it imports, every time.
-        "PYTHONDONTWRITEBYTECODE": "",
         "SGLANG_CACHE_DIR": str(CACHE / "sglang"),
         "TORCH_EXTENSIONS_DIR": str(CACHE / "torch-extensions"),
         # SGLang loads an extension through torch, which wants ninja on the path even where it is built already.

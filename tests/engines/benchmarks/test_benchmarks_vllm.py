@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.engine_run import FORKS_FROM
+from tests.engines.vllm.scenario import engines
 from tests.environments.engine_env import ROOT, engine_env
 from tests.environments.models import ensure_model
 
@@ -29,7 +31,7 @@ def run_script(module: str, folder: Path, output: Path) -> None:
     done = subprocess.run(
         [*command, "--folder", str(folder), "--output", str(output)],
         cwd=ROOT,
-        env=engine_env(),
+        env=engine_env(**{FORKS_FROM: engines().forks()}),
         capture_output=True,
         text=True,
         check=False,

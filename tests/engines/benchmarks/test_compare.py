@@ -18,6 +18,8 @@ from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LO
 from benchmarks.compare.judge import MET, MISSED, UNDECIDED
 from benchmarks.compare.names import MEMKV, NATIVE, PREFIX_CACHE
 from benchmarks.compare.plan import TINY
+from benchmarks.engine_run import FORKS_FROM
+from tests.engines.vllm.scenario import engines
 from tests.environments.engine_env import ROOT, engine_env
 from tests.environments.models import ensure_model
 
@@ -31,7 +33,7 @@ def run(module: str, *arguments: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=engine_env(PYTHONPATH=str(ROOT)),
+        env=engine_env(PYTHONPATH=str(ROOT), **{FORKS_FROM: engines().forks()}),
         capture_output=True,
         text=True,
         check=False,

@@ -21,18 +21,15 @@ import ctypes
 import gc
 import json
 import os
-import random
 import signal
 import socket
 import sys
 import tempfile
-from multiprocessing import context, popen_fork, popen_spawn_posix, process, resource_tracker
-from pathlib import Path
 
+from tests.engines import forking
 from tests.engines.sglang import engine_process
 
 LONGEST_REQUEST = 1 << 16
-SPAWNED = "spawned, not forked"
 
 
 def preload() -> None:
@@ -48,11 +45,6 @@ def preload() -> None:
     gc.freeze()
 
 
-def thread_count() -> int:
-    """Returns how many threads this process has, those without Python included."""
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
 def is_engine(requests: socket.socket) -> bool:
     """Forks engines as asked for; returns True in each of them, and False here when nobody can ask any more."""
     # Nobody waits for engines here: they are asked after by descriptor.
@@ -61,7 +53,7 @@ def is_engine(requests: socket.socket) -> bool:
         request, descriptors, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 3)
         if not request:
             return False
-        threads = thread_count()
+        threads = forking.thread_count()
         if threads > 1:
             requests.send(json.dumps({"refused": f"{threads} threads would not survive a fork"}).encode())
         else:
@@ -96,43 +88,9 @@ def become_engine(variables: dict[str, str], descriptors: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(variables)
     tempfile.tempdir = None
-    forget_random_state()
+    forking.forget_random_state()
     # SGLang sets its start method by force, so that is kept, and what it does is replaced.
-    context.SpawnProcess._Popen = staticmethod(forked_or_spawned)  # type: ignore[assignment,method-assign]
-
-
-def forked_or_spawned(child: process.BaseProcess) -> popen_fork.Popen:
-    """Starts a process of SGLang's: by a fork, unless this process has several threads by now."""
-    threads = thread_count()
-    if threads > 1:
-        print(f"{child.name} is {SPAWNED}: {threads} threads", file=sys.stderr, flush=True)
-        return popen_spawn_posix.Popen(child)
-    # A spawned process gets the resource tracker of the one that spawns it; a forked one would start its own.
-    resource_tracker.ensure_running()
-    return FreshFork(child)
-
-
-class FreshFork(popen_fork.Popen):
-    """A forked process without what a spawned one does not inherit."""
-
-    def _launch(self, process_obj: process.BaseProcess) -> None:
-        run = process_obj.run
-
-        def run_fresh() -> None:
-            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-            forget_random_state()
-            run()
-
-        process_obj.run = run_fresh  # type: ignore[method-assign]
-        super()._launch(process_obj)
-
-
-def forget_random_state() -> None:
-    """Seeds generators anew, which would give each forked process the same numbers, such as its ports."""
-    import numpy as np
-
-    random.seed()
-    np.random.seed()
+    forking.fork_instead_of_spawning()
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.forking import SPAWNED
 from tests.engines.sglang.engines import (
     SHARED_MEMORY,
     env_of_engines,
@@ -19,7 +20,6 @@ from tests.engines.sglang.engines import (
     wait_until,
 )
 from tests.engines.sglang.forked_engines import ForkedEngine, Refused, preloader
-from tests.engines.sglang.preloader import SPAWNED
 from tests.environments.engine_env import ROOT
 
 OWNER = """

@@ -124,6 +124,11 @@ class Engines:
                 time.sleep(0.1)
         raise AssertionError(f"vLLM was not imported in {IMPORT_TIMEOUT_S} s:\n{self._log.read_text()[-4000:]}")
 
+    def forks(self) -> str:
+        """The socket that engines are asked for at; blocks until vLLM is imported."""
+        self._connect().close()
+        return self._path
+
     def play(self, steps: Sequence[Step], timeout_s: int = TIMEOUT_S) -> Reports:
         """Plays a scenario in a process of its own, which ends after `timeout_s` in any case."""
         self._serial += 1

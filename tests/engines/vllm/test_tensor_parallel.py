@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engine_run import Engine, EngineSpec
+from benchmarks.engine_run import FORKS_FROM, Engine, EngineSpec
 from memkv_engines.chunk.codec import decode_header
 from memkv_engines.keys import ChunkName
-from tests.engines.vllm.scenario import MAX_TOKENS, MIB, model, tokens_of
+from tests.engines.vllm.scenario import MAX_TOKENS, MIB, engines, model, tokens_of
 
 PROMPT = tokens_of(1, 1500)
 BLOCK_TOKENS = 32
@@ -58,7 +58,8 @@ def damage_one(tier: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORKS_FROM, engines().forks())
     tier = tmp_path / "tier"
     with Engine(spec(tier), tmp_path / "first.log") as engine:
         cold, external = engine.ask(PROMPT, MAX_TOKENS)
