@@ -29,7 +29,8 @@ from typing import Any
 from benchmarks import harness, restore_timers
 from benchmarks.demo_workload import build_workload
 from benchmarks.tier_files import RawReader, contents_of
-from tests.engines.sglang.engines import Answer, Engine, hicache, linker, memkv_extra, tokens_of, wait_until
+from tests.engines.prompts import tokens_of
+from tests.engines.sglang.engines import Answer, Engine, hicache, linker, memkv_extra, wait_until
 from tests.engines.sglang.forked_engines import ForkedEngine
 from tests.environments.engine_env import ROOT
 from tests.environments.sglang_models import ensure_model

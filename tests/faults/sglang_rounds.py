@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.engines.prompts import tokens_of
 from tests.engines.sglang.engines import (
     PAGE_TOKENS,
     Answer,
@@ -20,7 +21,6 @@ from tests.engines.sglang.engines import (
     hicache,
     linker,
     memkv_extra,
-    tokens_of,
     wait_until,
 )
 from tests.engines.sglang.forked_engines import ForkedEngine

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.engines.prompts import tokens_of
 from tests.engines.vllm.scenario import (
     LONG_TIMEOUT_S,
     Reports,
@@ -19,7 +20,6 @@ from tests.engines.vllm.scenario import (
     reset,
     settle,
     start,
-    tokens_of,
 )
 from tests.faults.control import FAULTS, Injector
 from tests.faults.rows import CONTROL, Row

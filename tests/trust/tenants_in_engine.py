@@ -25,7 +25,8 @@ def named(count: int, kind: str) -> list[str]:
 
 def in_vllm(folder: Path, tenants: list[str], salts: list[str], prompts: int, seed: int) -> Iterator[Visit]:
     """Ask vLLM."""
-    from tests.engines.vllm.scenario import Step, ask, play, reset, settle, start, tokens_of
+    from tests.engines.prompts import tokens_of
+    from tests.engines.vllm.scenario import Step, ask, play, reset, settle, start
 
     texts = [tokens_of(1000 * seed + number, PROMPT_TOKENS) for number in range(prompts)]
     whole = (PROMPT_TOKENS - 1) // 32 * 32
@@ -59,7 +60,8 @@ def in_sglang(
     folder: Path, door: str, tenants: list[str], salts: list[str], prompts: int, seed: int
 ) -> Iterator[Visit]:
     """Ask SGLang, through one of its doors."""
-    from tests.engines.sglang.engines import PAGE_TOKENS, Engine, hicache, linker, memkv_extra, tokens_of, wait_until
+    from tests.engines.prompts import tokens_of
+    from tests.engines.sglang.engines import PAGE_TOKENS, Engine, hicache, linker, memkv_extra, wait_until
     from tests.engines.sglang.forked_engines import ForkedEngine
     from tests.engines.sglang.tier_of_engine import stored_tokens
 

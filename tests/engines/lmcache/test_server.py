@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.engines.lmcache.server import CHUNK_TOKENS, Server, server
+from tests.engines.prompts import tokens_of
 from tests.engines.vllm import damage
-from tests.engines.vllm.scenario import Reports, ask, play, start, tokens_of
+from tests.engines.vllm.scenario import Reports, ask, play, start
 
 PROMPTS = [tokens_of(1, 1500), tokens_of(2, 1300)]
 CHUNKS = [len(prompt) // CHUNK_TOKENS for prompt in PROMPTS]

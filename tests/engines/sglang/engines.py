@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import selectors
 import shutil
 import signal
@@ -128,12 +127,6 @@ def is_same(answer: Answer, other: Answer) -> bool:
     return answer.tokens == other.tokens and all(
         abs(one - another) <= TOLERANCE for one, another in zip(answer.logprobs, other.logprobs, strict=True)
     )
-
-
-def tokens_of(seed: int, length: int) -> list[int]:
-    """Returns a random prompt."""
-    choice = random.Random(seed)
-    return [choice.randrange(4, 260) for _ in range(length)]
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

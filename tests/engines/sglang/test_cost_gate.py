@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.sglang.engines import PAGE_TOKENS, Answer, hicache, linker, memkv_extra, tokens_of, wait_until
+from tests.engines.prompts import tokens_of
+from tests.engines.sglang.engines import PAGE_TOKENS, Answer, hicache, linker, memkv_extra, wait_until
 from tests.engines.sglang.forked_engines import ForkedEngine
 from tests.engines.sglang.tier_of_engine import stored_tokens
 from tests.faults.control import Injector, throttle

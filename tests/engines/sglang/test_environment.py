@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, is_same, tokens_of, wait_until
+from tests.engines.prompts import tokens_of
+from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, hicache, is_same, wait_until
 from tests.engines.sglang.forked_engines import ForkedEngine
 
 PROMPT_TOKENS = 600

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.engines.forking import SPAWNED
+from tests.engines.prompts import tokens_of
 from tests.engines.sglang.engines import (
     SHARED_MEMORY,
     env_of_engines,
     hicache,
     session_pids,
     shared_memory_of,
-    tokens_of,
     wait_until,
 )
 from tests.engines.sglang.forked_engines import ForkedEngine, Refused, preloader

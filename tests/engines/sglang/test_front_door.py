@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.sglang.engines import PAGE_TOKENS, memkv_extra, session_pids, tokens_of, wait_until
+from tests.engines.prompts import tokens_of
+from tests.engines.sglang.engines import PAGE_TOKENS, memkv_extra, session_pids, wait_until
 from tests.environments.engine_env import ROOT, engine_env, sglang_settings
 from tests.environments.sglang_models import ensure_model
 

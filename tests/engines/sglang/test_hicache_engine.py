@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
+from tests.engines.prompts import tokens_of
 from tests.engines.sglang.engines import (
     PAGE_TOKENS,
     Answer,
     hicache,
     is_same,
     memkv_extra,
-    tokens_of,
     wait_until,
 )
 from tests.engines.sglang.forked_engines import ForkedEngine

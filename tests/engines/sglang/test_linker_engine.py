@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, is_same, linker, tokens_of, wait_until
+from tests.engines.prompts import tokens_of
+from tests.engines.sglang.engines import PAGE_TOKENS, Answer, Engine, is_same, linker, wait_until
 from tests.engines.sglang.forked_engines import ForkedEngine
 from tests.engines.sglang.tier_of_engine import chunks_aside, damage, stored_tokens
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from memkv_engines.keys import ChunkName
+from tests.engines.prompts import tokens_of
 from tests.engines.sglang.engines import (
     PAGE_TOKENS,
     hicache,
     is_same,
     linker,
     memkv_extra,
-    tokens_of,
     wait_until,
 )
 from tests.engines.sglang.forked_engines import ForkedEngine

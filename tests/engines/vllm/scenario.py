@@ -43,12 +43,6 @@ Reports = dict[str, dict[str, Any]]
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
-def tokens_of(seed: int, length: int) -> list[int]:
-    """Returns a random prompt."""
-    choice = random.Random(seed)
-    return [choice.randrange(4, 260) for _ in range(length)]
-
-
 def model(kind: str) -> str:
     """Returns the folder of a small model."""
     return str(ensure_model(kind))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.scenario import Reports, ask, misses, play, reset, settle, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import Reports, ask, misses, play, reset, settle, start
 from tests.faults.control import Injector
 
 PROMPT_TOKENS = 3300

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.prompts import tokens_of
 from tests.engines.vllm.scenario import (
     Reports,
     Step,
@@ -17,7 +18,6 @@ from tests.engines.vllm.scenario import (
     reset,
     settle,
     start,
-    tokens_of,
 )
 
 CHUNK_TOKENS = 512

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm.scenario import MIB, Reports, Step, ask, misses, play, play_all, reset, settle, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import MIB, Reports, Step, ask, misses, play, play_all, reset, settle, start
 
 pytest.importorskip("cuda.bindings.driver", reason="the environment lacks cuda-bindings: build it again")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.prompts import tokens_of
 from tests.engines.vllm.scenario import (
     MAX_TOKENS,
     MIB,
@@ -18,7 +19,6 @@ from tests.engines.vllm.scenario import (
     reset,
     settle,
     start,
-    tokens_of,
 )
 
 BLOCK_SIZES = (32, 64, 128)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm.scenario import MIB, Reports, Step, ask, misses, play_all, reset, settle, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import MIB, Reports, Step, ask, misses, play_all, reset, settle, start
 
 PROMPT_TOKENS = 1400
 LAST_BLOCK = (PROMPT_TOKENS - 1) // 32 * 32

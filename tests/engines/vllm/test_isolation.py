@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm.scenario import Reports, Step, ask, misses, model, play_all, reset, settle, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import Reports, Step, ask, misses, model, play_all, reset, settle, start
 
 PROMPT = tokens_of(700, 1400)
 OTHERS = [tokens_of(701 + number, 1400) for number in range(2)]

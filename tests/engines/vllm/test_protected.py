@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm.scenario import Reports, Step, ask, misses, play_all, reset, settle, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import Reports, Step, ask, misses, play_all, reset, settle, start
 
 PROMPT = tokens_of(900, 1400)
 LAST_BLOCK = 1399 // 32 * 32

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.scenario import Reports, Step, ask, play, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import Reports, Step, ask, play, start
 
 PROMPT = tokens_of(800, 100)
 WEAK = ("xxhash", "xxhash_cbor", "builtin")

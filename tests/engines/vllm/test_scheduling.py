@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm.scenario import Reports, Step, ask, misses, play_all, reset, settle, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import Reports, Step, ask, misses, play_all, reset, settle, start
 
 KV_BYTES_PER_TOKEN = 4096  # tiny-llama in float32
 # Six requests grow from 15 blocks to 18; there is room for 80 blocks.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.vllm.scenario import Reports, Step, ask, misses, play_all, reset, settle, start, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import Reports, Step, ask, misses, play_all, reset, settle, start
 
 WINDOW_GROUP, FULL_GROUP = 0, 5
 # Each group has one layer, so a chunk of 2 MiB holds 64 blocks of 32 tokens.

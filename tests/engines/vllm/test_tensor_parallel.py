@@ -10,7 +10,8 @@ import pytest
 from benchmarks.engine_run import FORKS_FROM, Engine, EngineSpec
 from memkv_engines.chunk.codec import decode_header
 from memkv_engines.keys import ChunkName
-from tests.engines.vllm.scenario import MAX_TOKENS, MIB, engines, model, tokens_of
+from tests.engines.prompts import tokens_of
+from tests.engines.vllm.scenario import MAX_TOKENS, MIB, engines, model
 
 PROMPT = tokens_of(1, 1500)
 BLOCK_TOKENS = 32

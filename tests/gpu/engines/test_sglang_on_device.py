@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from memkv_engines.transports.gds import what_gpudirect_lacks
+from tests.engines.prompts import tokens_of
 from tests.engines.sglang.engines import (
     PAGE_TOKENS,
     Answer,
@@ -21,7 +22,6 @@ from tests.engines.sglang.engines import (
     is_same,
     linker,
     memkv_extra,
-    tokens_of,
     wait_until,
 )
 from tests.engines.sglang.tier_of_engine import damage, stored_tokens

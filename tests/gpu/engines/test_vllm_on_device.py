@@ -16,7 +16,7 @@ from benchmarks.engine_run import Answer, Engine, EngineSpec
 from benchmarks.tier_files import contents_of, wait_for_blocks
 from memkv_engines.chunk.codec import read_header
 from memkv_engines.transports.gds import what_gpudirect_lacks
-from tests.engines.vllm.scenario import tokens_of
+from tests.engines.prompts import tokens_of
 from tests.environments.models import ensure_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: give its Python to tests.gpu.run as --vllm")
