@@ -80,7 +80,7 @@ bench-sglang: env-sglang ## conversations in SGLang: no storage, its own file ba
 	@$(SGLANG) -m tests.environments.models smollm2
 	@$(SGLANG) -m benchmarks.bench_sglang $(ARGS)
 
-compare: env-dev env-vllm env-sglang env-lmcache ## peers in one run: vLLM, SGLang and LMCache's own, and ours; writes benchmarks/RESULTS.md (about 40 minutes)
+compare: env-dev env-vllm env-sglang env-lmcache ## peers in one run: vLLM, SGLang and LMCache's own, and ours; writes benchmarks/RESULTS.md (about an hour)
 	@$(VLLM) tests/environments/models.py smollm2
 	@$(SGLANG) -m tests.environments.models smollm2
 	@$(DEV) -m benchmarks.compare $(ARGS)

@@ -1,6 +1,6 @@
 """Compares ours with its peers, in one command, on one machine, in one run.
 
-    make compare                              # about 40 minutes; or: python -m benchmarks.compare
+    make compare                              # about an hour; or: python -m benchmarks.compare
     make compare ARGS="--profile full"        # an hour and a half: more rounds, and longer prompts to a larger model
     make compare ARGS="--stages sglang"       # one engine only
 

@@ -152,10 +152,11 @@ DEFAULT = Profile(
     # One document of 8,000 tokens and a little.
     kv_bytes=224 << 20,
     max_model_len=8192,
-    documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=4, gate_rounds=3),
-    # Two at a time are a unit of what is judged: 8 units.
+    # 16 pairs of the longest.
+    documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=8, gate_rounds=3),
+    # Two at a time are a unit of what is judged: 16 units.
     conversations=Conversations(
-        count=8, together=2, turns=4, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=2
+        count=8, together=2, turns=4, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=4
     ),
     rag=Rag(
         system_tokens=512,
@@ -173,7 +174,7 @@ DEFAULT = Profile(
     sglang=Conversations(count=4, together=1, turns=3, document_tokens=1500, user_tokens=96, answer_tokens=1, rounds=2),
     # One conversation and a little.
     sglang_pool_tokens=32 * 64,
-    vllm_minutes=32.0,
+    vllm_minutes=50.0,
     sglang_minutes=5.0,
 )
 FULL = replace(
@@ -182,7 +183,7 @@ FULL = replace(
     documents=Documents(
         lengths=(1000, 1000, 2000, 2000, 4000, 4000, 8000, 8000, 8000), answer_tokens=4, restores=12, gate_rounds=10
     ),
-    conversations=replace(DEFAULT.conversations, document_tokens=3000, turns=4, rounds=3),
+    conversations=replace(DEFAULT.conversations, document_tokens=3000, turns=4, rounds=4),
     rag=replace(DEFAULT.rag, requests=18, passages=8),
     prefix_repetition=replace(DEFAULT.prefix_repetition, prefixes=8, prompts=32),
     sglang=replace(DEFAULT.sglang, document_tokens=3000, rounds=3),
