@@ -71,6 +71,7 @@ class StepMetadata(KVConnectorMetadata):
         stores: job id, chunks; to gather after this step's forward.
         tails: job id, chunks; to gather before anything of this step touches the pages, since they are free already.
         step: number to send back with the step's result; 0 for none.
+        idle: this step computes nothing.
     """
 
     loads: list[tuple[str, int, tuple[LoadRun, ...], float]] = field(default_factory=list)
@@ -78,6 +79,7 @@ class StepMetadata(KVConnectorMetadata):
     stores: list[tuple[int, tuple[StoreChunk, ...]]] = field(default_factory=list)
     tails: list[tuple[int, tuple[StoreChunk, ...]]] = field(default_factory=list)
     step: int = 0
+    idle: bool = False
 
 
 @dataclass

@@ -336,6 +336,7 @@ class SchedulerSide:
         # Not guarded as a whole: the engine waits for the loads in here, they must not get lost.
         meta, self._meta = self._meta, StepMetadata()
         self._idle.step_planned()
+        meta.idle = not scheduler_output.total_num_scheduled_tokens
         self._time_step(scheduler_output, meta)
         self._plan_stores(scheduler_output, meta)
         return meta

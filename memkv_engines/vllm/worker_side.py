@@ -14,6 +14,7 @@ import numpy as np
 from memkv_engines.config import Config
 from memkv_engines.doors.fingerprint import parameter_sums
 from memkv_engines.doors.io_client import worker_client
+from memkv_engines.limits import IDLE_LOAD_WAIT_S
 from memkv_engines.log import Throttle, get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
@@ -55,6 +56,7 @@ class WorkerSide:
         self._writers: frozenset[int] = frozenset()
         self._loading: dict[int, tuple[str, tuple[LoadRun, ...]]] = {}
         self._skipped: dict[int, tuple[str, ...]] = {}
+        self._idle = False
         self._report = WorkerReport()
         self._bad_blocks: set[int] = set()
         self._finished: set[str] = set()
@@ -115,7 +117,7 @@ class WorkerSide:
 
     def start_loads(self, meta: StepMetadata) -> None:
         """``start_load_kv``: hand over this step's loads."""
-        self._report.step = meta.step
+        self._report.step, self._idle = meta.step, meta.idle
         for request_id, job_id, runs, stop_s in meta.loads:
             self._start_load(request_id, job_id, runs, stop_s)
         for request_id, block_ids in meta.failed:
@@ -157,8 +159,16 @@ class WorkerSide:
 
     @guarded()
     def poll(self) -> None:
-        """Take in what the service has finished."""
-        for result in self._require_client().poll():
+        """Take in what the service has finished; in a step without a forward, wait a little for a load.
+
+        The engine would only run empty steps meanwhile, and take the time for them from the I/O service.
+        """
+        client = self._require_client()
+        results = client.poll()
+        if self._idle and self._loading and not results and not self._finished:
+            client.wait(IDLE_LOAD_WAIT_S)
+            results = client.poll()
+        for result in results:
             if isinstance(result, LoadResult):
                 self._take_load(result)
             elif isinstance(result, StoreResult):

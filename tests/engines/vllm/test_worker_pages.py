@@ -13,13 +13,14 @@ import torch
 
 from memkv_engines.config import Config
 from memkv_engines.errors import ConfigError, GpuOverdue, LayoutError
-from memkv_engines.offload.client import IoClient, StoreResult
+from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient
 
 with warnings.catch_warnings():  # vLLM's own.
     warnings.simplefilter("ignore")
     from memkv_engines.vllm import compat, geometry, worker_side
+    from memkv_engines.vllm.metadata import StepMetadata
 
 # -------------------------------------------------------------------------------------------------------------- devices
 
@@ -198,16 +199,43 @@ def test_a_worker_watches_where_its_pages_may_be_unmapped(
     assert calls == (expected if enabled and on_gpu else expected[1:3])
 
 
-def test_chunks_that_were_not_stored_are_told_once_a_minute(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def side_with(client: Any, monkeypatch: pytest.MonkeyPatch) -> worker_side.WorkerSide:
     parallel = SimpleNamespace(
         pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
     )
-    side = worker_side.WorkerSide(SimpleNamespace(parallel_config=parallel), None, Config(), stores=True)
-    outcomes = iter([("stored", "present"), ("stored", "full", "shed"), ("failed",)])
-    client = SimpleNamespace(poll=lambda: [StoreResult(1, next(outcomes))])
+    config = SimpleNamespace(parallel_config=parallel)
+    side = worker_side.WorkerSide(config, SimpleNamespace(kv_cache_groups=[None]), Config(), stores=True)
     monkeypatch.setattr(side, "_client", client)
+    return side
+
+
+@pytest.mark.parametrize(("idle", "loads", "waits"), [(True, 1, 1), (False, 1, 0), (True, 0, 0)])
+def test_a_step_waits_for_a_load_only_where_it_computes_nothing(
+    idle: bool, loads: int, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results: list[LoadResult] = []
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        results.append(LoadResult(7, (), ()))
+
+    def poll() -> list[LoadResult]:
+        found, results[:] = list(results), []
+        return found
+
+    side = side_with(SimpleNamespace(poll=poll, wait=wait, submit_load=lambda *_: None), monkeypatch)
+    side.start_loads(StepMetadata(loads=[("request", 7, (), 0.0)] * loads, idle=idle))
+    side.poll()
+    assert len(waited) == waits and sum(waited) <= 0.005 * waits
+    assert side.take_finished()[0] == ({"request"} if waits else set())
+
+
+def test_chunks_that_were_not_stored_are_told_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = iter([("stored", "present"), ("stored", "full", "shed"), ("failed",)])
+    side = side_with(SimpleNamespace(poll=lambda: [StoreResult(1, next(outcomes))]), monkeypatch)
     monkeypatch.setattr(logging.getLogger("memkv_engines"), "propagate", True)
     side.poll()
     assert not caplog.records
