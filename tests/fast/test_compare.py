@@ -335,7 +335,8 @@ def test_the_default_profile_fits_its_time() -> None:
         runs = compare.runs_of(profile, stages, wanted)
         return sum(one.seconds for run in runs for one in run.estimates())
 
-    assert 600 < seconds(["vllm", "sglang"]) < 45 * 60
+    # What its help says: about an hour.
+    assert 600 < seconds(["vllm", "sglang"]) < 60 * 60
     assert seconds(["vllm"], VLLM_SIDES[:3]) < seconds(["vllm"])
     assert [run.name for run in compare.runs_of(plan.FULL, ["vllm", "sglang"])] == ["vllm", "vllm, long", "sglang"]
     for one in plan.PROFILES.values():
