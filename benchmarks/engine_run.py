@@ -298,9 +298,9 @@ def _start(spec: EngineSpec, requests: int, answers: int, output: IO[str]) -> Pr
     environment = engine_env(None, **overrides)
     parent = environment.get(FORKS_FROM)
     if parent and spec.python == sys.executable:
-        from tests.engines.vllm.forked_process import ForkedProcess
+        from tests.engines.vllm.forked_process import forked
 
-        return ForkedProcess(parent, environment, [requests, answers, output.fileno()])
+        return forked(parent, environment, [requests, answers, output.fileno()])
     return subprocess.Popen(
         [spec.python, "-m", "benchmarks.engine_run", str(requests), str(answers)],
         cwd=ROOT,

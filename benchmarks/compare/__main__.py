@@ -1,7 +1,7 @@
 """Compares ours with its peers, in one command, on one machine, in one run.
 
     make compare                              # about an hour; or: python -m benchmarks.compare
-    make compare ARGS="--profile full"        # an hour and a half: more rounds, and longer prompts to a larger model
+    make compare ARGS="--profile full"        # an hour and three quarters: more rounds, longer prompts, a larger model
     make compare ARGS="--stages sglang"       # one engine only
 
 Prints its plan and an estimate first. Each engine's contestants run in that engine's environment (`stage`), and write

@@ -183,7 +183,7 @@ FULL = replace(
     documents=Documents(
         lengths=(1000, 1000, 2000, 2000, 4000, 4000, 8000, 8000, 8000), answer_tokens=4, restores=12, gate_rounds=10
     ),
-    conversations=replace(DEFAULT.conversations, document_tokens=3000, turns=4, rounds=4),
+    conversations=replace(DEFAULT.conversations, document_tokens=3000),
     rag=replace(DEFAULT.rag, requests=18, passages=8),
     prefix_repetition=replace(DEFAULT.prefix_repetition, prefixes=8, prompts=32),
     sglang=replace(DEFAULT.sglang, document_tokens=3000, rounds=3),

@@ -28,6 +28,7 @@ from memkv_engines.lmcache.tasks import Tasks
 from memkv_engines.log import Throttle, adopt_handlers, get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
+from memkv_engines.offload.messages import IN_TIER
 
 log = get_logger(__name__)
 
@@ -109,7 +110,7 @@ class MemKVL2Adapter(L2AdapterInterface):
         sizes = [objects[i].get_size() for i in new]
         if new:
             self._notify_keys_stored([keys[i] for i in new], sizes)
-        complete = len(known) == len(keys) and all(outcome in ("stored", "present") for outcome in outcomes)
+        complete = len(known) == len(keys) and all(outcome in IN_TIER for outcome in outcomes)
         return L2StoreResult(complete, sum(sizes))
 
     # --- look-ups ----------------------------------------------------------------

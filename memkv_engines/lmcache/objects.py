@@ -49,7 +49,6 @@ log = get_logger(__name__)
 
 # LMCache's rank is in the namespace: what part of the heads or layers a rank holds, it does not say.
 _WHOLE = Shard(0, 1, 1, 0, 1, 1)
-_STORED = ("stored", "present")
 
 
 @dataclass(frozen=True)
@@ -236,9 +235,8 @@ class ObjectStore:
                     outcomes[index] = outcome
                     if outcome == "stored":
                         self._unmark(buffers[index].name)
-                lost = sorted({outcome for outcome in result.outcomes if outcome not in _STORED})
-                if lost:
-                    self._report("store", "of %d objects some were not stored: %s", len(part), lost)
+                if result.lost:
+                    self._report("store", "of %d objects some were not stored: %s", len(part), sorted(set(result.lost)))
         return outcomes
 
     def remove(self, names: Sequence[ObjectName]) -> list[bool]:

@@ -32,6 +32,7 @@ from memkv_engines.lmcache.objects import ObjectBuffer, ObjectName, ObjectStore
 from memkv_engines.log import Throttle, adopt_handlers, get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
+from memkv_engines.offload.messages import IN_TIER
 
 log = get_logger(__name__)
 
@@ -42,7 +43,6 @@ _UNSUPPORTED = {
     "enable_p2p": "its allocator has memory of its own",
     "enable_pd": "its allocator has memory of its own",
 }
-_STORED = ("stored", "present")
 
 
 class MemKVStoragePlugin(StoragePluginInterface):
@@ -178,7 +178,7 @@ class MemKVStoragePlugin(StoragePluginInterface):
     @guarded(list, refusals=False)
     def _store(self, puts: list[tuple[CacheEngineKey, MemoryObj]]) -> list[CacheEngineKey]:
         outcomes = self._objects.store([self._buffer(key, memory) for key, memory in puts])
-        return [key for (key, _), outcome in zip(puts, outcomes, strict=True) if outcome in _STORED]
+        return [key for (key, _), outcome in zip(puts, outcomes, strict=True) if outcome in IN_TIER]
 
     @guarded(refusals=False)
     def _tell(self, done: Callable[[CacheEngineKey], None], key: CacheEngineKey) -> None:

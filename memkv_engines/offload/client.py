@@ -31,6 +31,7 @@ from memkv_engines.metrics import COUNTERS, Counters
 from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend, still_dying
 from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.messages import (
+    IN_TIER,
     STOPPED,
     Gathered,
     Load,
@@ -76,6 +77,11 @@ class StoreResult:
 
     job_id: int
     outcomes: tuple[str, ...]
+
+    @property
+    def lost(self) -> list[str]:
+        """Outcomes of the chunks that are not in the tier, in their order."""
+        return [outcome for outcome in self.outcomes if outcome not in IN_TIER]
 
 
 @dataclass

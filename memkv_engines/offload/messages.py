@@ -182,6 +182,10 @@ class Gathered(msgspec.Struct, frozen=True, tag="gathered"):
     job_id: int
 
 
+# Outcomes of chunks that are in the tier afterwards.
+IN_TIER = ("stored", "present")
+
+
 class StoreDone(msgspec.Struct, frozen=True, tag="store_done"):
     """Per chunk: ``stored | present | shed | full | failed``; bytes are what was submitted to the device."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from memkv_engines.limits import KEY_BYTES, MAX_PENDING_STORE_CHUNKS
 from memkv_engines.offload.lookup import GroupView, PrefixLookup
-from memkv_engines.offload.messages import StoreChunk
+from memkv_engines.offload.messages import IN_TIER, StoreChunk
 
 _MAX_SHED_RETRIES = 64
 OUTCOMES_WORST_FIRST = ("failed", "full", "shed", "present", "stored")
@@ -177,7 +177,7 @@ class StorePlanner:
             return
         for sent, outcome in zip(self._sent.pop(job_id, ()), worst, strict=False):
             self._in_flight.discard((sent.group, sent.hashes[-1][:KEY_BYTES], len(sent.hashes)))
-            if outcome in ("stored", "present"):
+            if outcome in IN_TIER:
                 self._lookup.learn(sent.group, sent.hashes, sent.holes)
             elif outcome == "shed":
                 self._offer_again(sent)

@@ -15,7 +15,7 @@ from memkv_engines.log import Throttle, get_logger
 from memkv_engines.offload import batches
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.client import LoadResult
-from memkv_engines.offload.messages import LoadRun, Probe, Segment, split_hashes
+from memkv_engines.offload.messages import IN_TIER, LoadRun, Probe, Segment, split_hashes
 from memkv_engines.offload.service import staging_slots
 from memkv_engines.sglang.chain import ChainMemory
 from memkv_engines.sglang.gating import PageGate
@@ -140,12 +140,11 @@ class PageStore:
             part = chunks[start : start + self._chunks_at_once]
             result = self._client.store([chunk for _, chunk in part])
             for (first, chunk), outcome in zip(part, result.outcomes, strict=True):
-                stored = outcome in ("stored", "present")
+                stored = outcome in IN_TIER
                 done[first : first + len(chunk.block_ids)] = [stored] * len(chunk.block_ids)
-            lost = [outcome for outcome in result.outcomes if outcome not in ("stored", "present")]
-            if lost:
-                text = "%d chunks were not stored: %s"
-                self._report(self._store_lines, "store", text, len(lost), ", ".join(sorted(set(lost))))
+            if result.lost:
+                text, kinds = "%d chunks were not stored: %s", ", ".join(sorted(set(result.lost)))
+                self._report(self._store_lines, "store", text, len(result.lost), kinds)
         return done
 
     def _report(self, lines: Throttle, kind: str, text: str, *values: object) -> None:

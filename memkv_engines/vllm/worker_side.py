@@ -31,7 +31,6 @@ log = get_logger(__name__)
 # A full tier loses chunks with every request.
 LOST_STORES_LINE_S = 60.0
 _LOST = {
-    "failed": "failed",
     "full": "full (free the device or raise capacity_bytes)",
     "shed": "shed (the tier is slower than the engine computes)",
 }
@@ -193,20 +192,21 @@ class WorkerSide:
         self._fail_request(request_id, bad)
 
     def _take_store(self, result: StoreResult) -> None:
+        self._tell_lost(result)
         outcomes = result.outcomes
-        self._tell_lost(outcomes)
         pattern = self._skipped.pop(result.job_id, None)
         if pattern is not None:
             mine = iter(outcomes)
             outcomes = tuple(p or next(mine) for p in pattern)
         self._report.stored[result.job_id] = (1, outcomes)
 
-    def _tell_lost(self, outcomes: Sequence[str]) -> None:
-        lost = [outcome for outcome in outcomes if outcome not in ("stored", "present")]
+    def _tell_lost(self, result: StoreResult) -> None:
+        lost = result.lost
         held = self._lines.admit("store") if lost else None
         if held is not None:
             text = "%d of %d chunks were not stored and will be recomputed: %s (%d more such lines held back)"
-            log.warning(text, len(lost), len(outcomes), ", ".join(_LOST[kind] for kind in sorted(set(lost))), held)
+            kinds = ", ".join(_LOST.get(kind, kind) for kind in sorted(set(lost)))
+            log.warning(text, len(lost), len(result.outcomes), kinds, held)
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended, and those of them that failed with several KV groups."""

@@ -6,13 +6,49 @@ ever, unless its engine forks in that state by itself.
 
 from __future__ import annotations
 
+import os
 import random
+import select
 import signal
+import subprocess
 import sys
 from multiprocessing import context, popen_fork, popen_spawn_posix, process, resource_tracker
 from pathlib import Path
 
 SPAWNED = "spawned, not forked"
+
+
+class ForkedProcess:
+    """A process that is not a child of this one, with the part of `subprocess.Popen` that engines are ended with.
+
+    Args:
+        pid: its number.
+        descriptor: a descriptor of it (`os.pidfd_open`), which becomes this object's.
+    """
+
+    def __init__(self, pid: int, descriptor: int) -> None:
+        self.pid = pid
+        self._descriptor: int | None = descriptor
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: It has not ended in time.
+        """
+        if self._descriptor is None:
+            return
+        end = select.poll()
+        end.register(self._descriptor, select.POLLIN)
+        if not end.poll(None if timeout is None else timeout * 1000):
+            raise subprocess.TimeoutExpired("engine", timeout or 0.0)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+        if self._descriptor is not None:
+            signal.pidfd_send_signal(self._descriptor, signal.SIGTERM)
 
 
 def fork_instead_of_spawning(*, with_threads: bool = False) -> None:

@@ -9,7 +9,6 @@ import atexit
 import functools
 import json
 import os
-import select
 import shutil
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import IO
 
+from tests.engines.forking import ForkedProcess
 from tests.engines.sglang.engines import END_TIMEOUT_S, START_TIMEOUT_S, Engine, Started, env_of_engines
 from tests.environments.engine_env import ROOT
 
@@ -38,29 +38,13 @@ class Refused(Exception):
     """The preloader cannot fork this engine."""
 
 
-class ForkedProcess:
-    """A process that is not a child of this one, with the part of `subprocess.Popen` that `Engine` uses."""
+class PipedProcess(ForkedProcess):
+    """A forked process that is spoken to through pipes."""
 
     def __init__(self, pid: int, descriptor: int, stdin: IO[bytes], stdout: IO[bytes]) -> None:
-        self.pid = pid
+        super().__init__(pid, descriptor)
         self.stdin: IO[bytes] | None = stdin
         self.stdout: IO[bytes] | None = stdout
-        self._descriptor: int | None = descriptor
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Waits for its end.
-
-        Raises:
-            subprocess.TimeoutExpired: It has not ended in time.
-        """
-        if self._descriptor is None:
-            return
-        end = select.poll()
-        end.register(self._descriptor, select.POLLIN)
-        if not end.poll(None if timeout is None else timeout * 1000):
-            raise subprocess.TimeoutExpired("engine", timeout or 0.0)
-        os.close(self._descriptor)
-        self._descriptor = None
 
 
 class Preloader:
@@ -84,7 +68,7 @@ class Preloader:
                 pass_fds=[theirs.fileno()],
             )
 
-    def fork(self, env: Mapping[str, str], output: IO[bytes]) -> ForkedProcess:
+    def fork(self, env: Mapping[str, str], output: IO[bytes]) -> PipedProcess:
         """Returns a new engine's process.
 
         Raises:
@@ -104,7 +88,7 @@ class Preloader:
         finally:
             os.close(stdin)
             os.close(stdout)
-        return ForkedProcess(pid, descriptor, os.fdopen(to_engine, "wb"), os.fdopen(from_engine, "rb"))
+        return PipedProcess(pid, descriptor, os.fdopen(to_engine, "wb"), os.fdopen(from_engine, "rb"))
 
     def end(self) -> None:
         """Ends it, and with it every engine that is left."""

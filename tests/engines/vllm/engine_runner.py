@@ -9,7 +9,7 @@ start. Who connects to the socket sends one line of JSON:
   if the process died. Steps, `{"do": NAME, ...}`, are played in order by the method of `Player` of that name; the rest
   of a step are its arguments.
 * `{"environment"}` with three descriptors, an engine of `benchmarks/engine_run.py` that serves the first two and prints
-  to the third, and gets a line with its `pid`; the connection ends with the process.
+  to the third, and gets its `pid` with a descriptor of the process.
 
 This process ends when its standard input does.
 """
@@ -98,9 +98,10 @@ def _run_engine(environment: dict[str, str], descriptors: list[int], connection:
     requests, answers, log = descriptors
     _print_to(log)
     os.close(log)
-    # What the engine starts in its turn must not hold the connection open.
-    os.register_at_fork(after_in_child=connection.close)
-    connection.sendall(json.dumps({"pid": os.getpid()}).encode() + b"\n")
+    own = os.pidfd_open(os.getpid())
+    socket.send_fds(connection, [json.dumps({"pid": os.getpid()}).encode()], [own])
+    os.close(own)
+    connection.close()
     engine_run.serve(requests, answers)
 
 
