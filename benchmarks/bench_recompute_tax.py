@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, traces
+from benchmarks import cpu_dtype, harness, traces
 from benchmarks.demo import tier_folder
 from benchmarks.engine_pair import ALONE, CONNECTED, SIDES, engine_pair, settle
 from benchmarks.engine_run import Engine, EngineFailed, EngineSpec
@@ -54,7 +54,7 @@ class Plan:
         trace_block_tokens: Length of its blocks.
         block_size: Of the engine.
         max_model_len: Longest prompt and answer; longer requests of a trace are left out.
-        kv_mib: The KV pool, in MiB.
+        kv_mib: The KV pool, in MiB of bfloat16.
     """
 
     conversations: int
@@ -129,7 +129,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark; returns its record."""
     plan = TINY if arguments.tiny else FULL
     trace, block_tokens, left_out = trace_of(arguments, plan)
-    kv_bytes = (arguments.kv_mib or plan.kv_mib) << 20
+    kv_bytes = arguments.kv_mib << 20 if arguments.kv_mib else cpu_dtype.kv_bytes(plan.kv_mib << 20, arguments.dtype)
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"} if arguments.tiny else {}
     spec = EngineSpec(
         str(arguments.model),
@@ -250,7 +250,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--kv-mib", type=int, help="the KV pool, in MiB")
     parser.add_argument("--tiny", action="store_true", help="in a minute, for the tests")
-    parser.add_argument("--dtype", default="bfloat16", help="of weights and KV (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=cpu_dtype.DTYPES,
+        default=cpu_dtype.native_dtype(),
+        help="of weights and KV (default: %(default)s, which this CPU multiplies)",
+    )
     parser.add_argument("--threads", default=cores, help="VLLM_CPU_OMP_THREADS_BIND (default: %(default)s)")
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2", help="the model's folder")
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the tier's directory is made")

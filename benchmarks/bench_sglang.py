@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, sglang_conversations
+from benchmarks import cpu_dtype, harness, sglang_conversations
 from benchmarks.demo_sglang import FILE, LINKER, MEMKV, PAGE_TOKENS, Say
 from benchmarks.demo_sglang import Side as Backend
 from benchmarks.sglang_conversations import BASELINES, NONE, SIDES, Side
@@ -63,7 +63,7 @@ FULL = Plan(
         conversations=4, turns=3, document_tokens=3000, user_tokens=96, answer_tokens=1, together=1, rounds=3
     ),
     {
-        "dtype": "bfloat16",
+        "dtype": cpu_dtype.native_dtype(),
         "page_size": PAGE_TOKENS,
         # One conversation, and a little.
         "max_total_tokens": 60 * PAGE_TOKENS,

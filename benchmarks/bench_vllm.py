@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, vllm_conversations, vllm_first_visit
+from benchmarks import cpu_dtype, harness, vllm_conversations, vllm_first_visit
 from benchmarks.demo import tier_folder
 from benchmarks.engine_pair import ALONE, CONNECTED, SIDES, engine_pair
 from benchmarks.engine_run import Engine, EngineFailed, EngineSpec
@@ -39,11 +39,12 @@ TINY_CONVERSATIONS = ConversationPlan(
 )
 FIRST_VISIT = FirstVisitPlan(pairs=6, burst=2, prompt_tokens=6000)
 TINY_FIRST_VISIT = FirstVisitPlan(pairs=2, burst=1, prompt_tokens=300)
+# In bfloat16.
 KV_BYTES = {"conversations": 160 << 20, "tiny": 16 << 20, "first_visit": 1 << 30}
 
 
 def engine_spec(arguments: argparse.Namespace, kv_bytes: int, max_model_len: int) -> EngineSpec:
-    """Returns the engine without the connector."""
+    """Returns the engine without the connector; `kv_bytes` is its pool in bfloat16."""
     environment = {}
     if arguments.tiny:
         # One process starts in a third of the time.
@@ -55,7 +56,7 @@ def engine_spec(arguments: argparse.Namespace, kv_bytes: int, max_model_len: int
         arguments={
             "max_model_len": max_model_len,
             "block_size": BLOCK_SIZE,
-            "kv_cache_memory_bytes": kv_bytes,
+            "kv_cache_memory_bytes": cpu_dtype.kv_bytes(kv_bytes, arguments.dtype),
             "max_num_batched_tokens": 8192,
             "enable_prefix_caching": True,
         },
@@ -211,7 +212,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first-visit", action="store_true", help="measure the cost of storing instead")
     parser.add_argument("--tiny", action="store_true", help="both benchmarks in seconds, for the tests")
-    parser.add_argument("--dtype", default="bfloat16", help="of weights and KV (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=cpu_dtype.DTYPES,
+        default=cpu_dtype.native_dtype(),
+        help="of weights and KV (default: %(default)s, which this CPU multiplies)",
+    )
     parser.add_argument("--threads", default=cores, help="VLLM_CPU_OMP_THREADS_BIND (default: %(default)s)")
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2", help="the model's folder")
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the tier's directory is made")

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, restore_timers
+from benchmarks import cpu_dtype, harness, restore_timers
 from benchmarks.demo_workload import build_workload
 from benchmarks.tier_files import RawReader, contents_of
 from tests.engines.prompts import tokens_of
@@ -75,7 +75,7 @@ FULL = Plan(
     {
         "max_total_tokens": 24_576,
         "context_length": 8192,
-        "dtype": "bfloat16",
+        "dtype": cpu_dtype.native_dtype(),
         "disable_overlap_schedule": False,
         # Two engines take turns: an idle one must leave the cores to the other.
         "sleep_on_idle": True,

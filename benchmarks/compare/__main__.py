@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import cpu_dtype, harness
 from benchmarks.compare import judge, plan, report
 from benchmarks.compare.names import NO_CACHE, PREFIX_CACHE, SGLANG_SIDES, THROTTLED, VLLM_SIDES
 from benchmarks.compare.plan import PROFILES, Profile
@@ -72,7 +72,10 @@ def runs_of(profile: Profile, stages: Sequence[str], wanted: Sequence[str] | Non
     """Returns what is run, in order; `wanted` names the only sides that take part."""
     found = []
     for stage in stages:
-        for one in (profile, *(PROFILES[name] for name in profile.then if stage == "vllm")):
+        for one in (
+            profile,
+            *(plan.in_dtype(PROFILES[name], profile.dtype) for name in profile.then if stage == "vllm"),
+        ):
             sides = tuple(
                 name for name in (one.vllm_sides if stage == "vllm" else SGLANG_SIDES) if not wanted or name in wanted
             )
@@ -109,7 +112,7 @@ def run_stage(run: Run, output: Path, folder: Path) -> dict[str, Any]:
     output.unlink(missing_ok=True)
     command = [
         str(ROOT / ".venvs" / run.stage / "bin" / "python"), "-m", "benchmarks.compare.stage", run.stage,
-        "--profile", run.profile.name, "--output", str(output), "--folder", str(folder),
+        "--profile", run.profile.name, "--dtype", run.profile.dtype, "--output", str(output), "--folder", str(folder),
         "--sides", ";".join(run.sides),
     ]  # fmt: skip
     why = ""
@@ -234,6 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--profile", choices=PROFILES, default="default")
     parser.add_argument(
+        "--dtype",
+        choices=(cpu_dtype.BFLOAT16, cpu_dtype.FLOAT32),
+        default=cpu_dtype.native_dtype(),
+        help="of weights and KV (default: %(default)s, which this CPU multiplies)",
+    )
+    parser.add_argument(
         "--stages", type=lambda text: text.split(","), default=list(STAGES), help="vllm, sglang, or both"
     )
     parser.add_argument(
@@ -251,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = [name for names in STAGES.values() for name in names]
     if unknown := [name for name in parsed.sides or () if name not in known]:
         parser.error(f"--sides: {'; '.join(unknown)}: choose from {'; '.join(known)}")
-    profile = PROFILES[parsed.profile]
+    profile = plan.in_dtype(PROFILES[parsed.profile], parsed.dtype)
     runs = runs_of(profile, parsed.stages, parsed.sides)
     show_plan(profile, runs)
     if parsed.plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from benchmarks import cpu_dtype
 from benchmarks.compare.names import LMCACHE_FS, MEMKV, NATIVE, PREFIX_CACHE, VLLM_SIDES
 
 RANDOM_335M = "random-335m"
@@ -237,6 +238,16 @@ TINY = Profile(
     light=True,
 )
 PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, LONG, TINY)}
+
+
+def in_dtype(profile: Profile, dtype: str) -> Profile:
+    """Returns a profile of `PROFILES` with pools for as many tokens in another dtype."""
+    return replace(
+        profile,
+        dtype=dtype,
+        kv_bytes=cpu_dtype.kv_bytes(profile.kv_bytes, dtype),
+        dram_tier_bytes=cpu_dtype.kv_bytes(profile.dram_tier_bytes, dtype),
+    )
 
 
 @dataclass(frozen=True)

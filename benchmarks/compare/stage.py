@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import cpu_dtype, harness
 from benchmarks.compare.driver import RAG, REPETITION, Clock, Driver, Say
 from benchmarks.compare.names import (
     LMCACHE_FS,
@@ -35,7 +35,7 @@ from benchmarks.compare.names import (
     THROTTLED,
     VLLM_SIDES,
 )
-from benchmarks.compare.plan import PROFILES, RANDOM_335M, Profile
+from benchmarks.compare.plan import PROFILES, RANDOM_335M, Profile, in_dtype
 from benchmarks.compare.prompts import Corpus, prefix_repetition, rag
 from benchmarks.compare.record import Record
 from benchmarks.compare.side import Side
@@ -286,11 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("stage", choices=("vllm", "sglang"))
     parser.add_argument("--profile", choices=PROFILES, default="default")
+    parser.add_argument("--dtype", choices=cpu_dtype.DTYPES, required=True)
     parser.add_argument("--sides", type=lambda text: text.split(";"), help="names, separated by semicolons")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where the sides store; emptied afterwards")
     parsed = parser.parse_args(arguments)
-    profile, is_vllm = PROFILES[parsed.profile], parsed.stage == "vllm"
+    profile, is_vllm = in_dtype(PROFILES[parsed.profile], parsed.dtype), parsed.stage == "vllm"
     names = parsed.sides or (profile.vllm_sides if is_vllm else SGLANG_SIDES)
     LOGS.mkdir(parents=True, exist_ok=True)
     parsed.folder.mkdir(parents=True, exist_ok=True)
