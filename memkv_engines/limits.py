@@ -124,7 +124,7 @@ MAX_PROBE_SEGMENTS = 65_536
 IDLE_LOOKUP_WAIT_S = 0.005
 """How long a step of an engine that has nothing to run waits for look-ups."""
 IDLE_LOAD_WAIT_S = 0.005
-"""How long such a step waits for a load, in each worker."""
+"""How long such a step waits for a load, in each worker; in SGLang, an idle scheduler for a prefetch."""
 MAX_SLIDING_WINDOW_CANDIDATES = 16
 
 # --- cost gate --------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -38,6 +40,32 @@ def scheduler(depth: int = 2) -> Any | None:
                 return frame.f_locals[name]
         frame = frame.f_back
     return None
+
+
+def wrap_method(
+    owner: Any | None, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[], None]:
+    """Replace a method of one object, if it has it.
+
+    Args:
+        owner: whose; None: nobody's.
+        name: the method.
+        around: makes the new method from the old one.
+
+    Returns:
+        What undoes it; idempotent, and leaves alone what somebody else has put there since.
+    """
+    if not hasattr(owner, name):
+        return lambda: None
+    call = getattr(owner, name)
+    wrapped = functools.wraps(call)(around(call))
+    setattr(owner, name, wrapped)
+
+    def undo() -> None:
+        if vars(owner).get(name) is wrapped:
+            delattr(owner, name)
+
+    return undo
 
 
 def model_runner(depth: int = 2) -> Any | None:

@@ -8,8 +8,7 @@ version, a test) no prefill is ever measured, and the gate goes by what it assum
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memkv_engines.limits import MIN_TRIAL_TOKENS
@@ -19,6 +18,7 @@ from memkv_engines.offload.client import LoadResult
 from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
 from memkv_engines.offload.estimates import StepClock
 from memkv_engines.offload.messages import STOPPED
+from memkv_engines.sglang.compat import wrap_method
 
 
 class PageGate:
@@ -88,26 +88,23 @@ class PrefillWatch:
 
     def __init__(self, scheduler: Any | None, gate: CostGate, counters: Counters) -> None:
         self.counters = counters
-        self._scheduler, self._gate = scheduler, gate
+        self._gate = gate
         self._clock = StepClock()
-        self._watching = scheduler is not None and gate.enabled and hasattr(scheduler, "process_batch_result")
-        if not self._watching:
-            return
-        process = scheduler.process_batch_result  # type: ignore[union-attr]
+        self._watching = gate.enabled
+        self._undo = wrap_method(scheduler if gate.enabled else None, "process_batch_result", self._watched)
 
-        @functools.wraps(process)
+    def stop(self) -> None:
+        """The scheduler goes on unwatched; idempotent."""
+        self._undo()
+        self._watching = False
+
+    def _watched(self, process: Callable[..., Any]) -> Callable[..., Any]:
         def watched(batch: Any, *args: Any, **kwargs: Any) -> Any:
             answer = process(batch, *args, **kwargs)
             self._ended(batch)
             return answer
 
-        self._watched = scheduler.process_batch_result = watched  # type: ignore[union-attr]
-
-    def stop(self) -> None:
-        """The scheduler goes on unwatched; idempotent."""
-        if self._watching and vars(self._scheduler).get("process_batch_result") is self._watched:
-            del self._scheduler.process_batch_result  # type: ignore[union-attr]
-        self._watching = False
+        return watched
 
     @guarded(refusals=False)
     def _ended(self, batch: Any) -> None:

@@ -146,7 +146,8 @@ class MemKVHiCache(HiCacheStorage):
         Each rank answers by its own measurements; SGLang takes the least of all.
         """
         stores, prefix = self._started(), _prefix(extra_info)
-        pages = stores.by_pool[PoolName.KV.value].leading(keys, prefix)
+        with stores.idle.prefetching():
+            pages = stores.by_pool[PoolName.KV.value].leading(keys, prefix)
         return stores.gate.worth_loading(len(prefix), pages)
 
     @guarded(lambda: PoolTransferResult.empty(), refusals=False)
@@ -161,7 +162,8 @@ class MemKVHiCache(HiCacheStorage):
         The semantics are those of ``HiCacheFile``.
         """
         stores, prefix = self._started(), _prefix(extra_info)
-        hits = stores.hits(keys, pool_transfers or [], prefix)
+        with stores.idle.prefetching():
+            hits = stores.hits(keys, pool_transfers or [], prefix)
         hits = stores.worth_loading(hits, pool_transfers or [], len(prefix))
         return PoolTransferResult(max(hits.usable, default=0), hits.by_pool, sorted(hits.usable))
 
@@ -205,7 +207,9 @@ class MemKVHiCache(HiCacheStorage):
 
     @guarded(refusals=False)
     def _load(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:
-        return self._started().load(pool, keys, prefix, host_indices)
+        stores = self._started()
+        with stores.idle.prefetching():
+            return stores.load(pool, keys, prefix, host_indices)
 
     @guarded(refusals=False)
     def _store(self, pool: str, keys: list[str], host_indices: Any, prefix: list[str]) -> list[bool] | None:

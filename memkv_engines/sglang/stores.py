@@ -20,6 +20,7 @@ from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.messages import Manifest
 from memkv_engines.sglang import identity
 from memkv_engines.sglang.gating import PageGate, PrefillWatch
+from memkv_engines.sglang.idle_wait import IdleWait
 from memkv_engines.sglang.pages import PageStore
 from memkv_engines.sglang.pools import PagedPool
 from memkv_engines.tier.striped import open_directories
@@ -55,7 +56,7 @@ class PageStores:
         sums: this rank's weights, where they are not named.
         model_config: SGLang's configuration of the model, or None where it is unknown.
         pages: where the pools lie in device memory; None: in host memory.
-        scheduler: SGLang's, whose prefills are measured; None: none are.
+        scheduler: SGLang's, whose prefills are measured, and which waits for prefetches; None: none are, none does.
         least_tokens: SGLang loads no fewer.
 
     Raises:
@@ -86,6 +87,7 @@ class PageStores:
         self.client.manifest(Manifest(namespace.canonical_json))
         self.gate = _gate(config, pools, least_tokens)
         self._prefills = PrefillWatch(scheduler, self.gate.gate, Counters())
+        self.idle = IdleWait(scheduler)
         self.by_pool = {pool.name: PageStore(pool, namespace, self.client, config) for pool in pools}
         # Other pools' loads serve the same tokens: they are not worth anything of their own.
         self.by_pool[PoolName.KV.value].gate = self.gate
@@ -195,6 +197,7 @@ class PageStores:
     def close(self) -> None:
         """End the I/O service."""
         self._prefills.stop()
+        self.idle.stop()
         self.client.close()
 
 
