@@ -51,7 +51,8 @@ MEANING = {
     "linker_restore_cost_s": "look-up and load by our linker, in turns",
     "restore_cost_ttft_s": "median of restore less the device hit of the same prompt right after it",
     "ratios": "medians of the ratios of costs in pairs, each with its 95% bootstrap interval",
-    "raw_read_s": "the files of one prompt (all, divided by the prompts) by direct I/O into huge pages; median",
+    "raw_read_s": "the files of one prompt (all, divided by the prompts) by direct I/O into huge pages, in turns right "
+    "before and right after a restore; median over both of ours",
     "objects": "files in the tier, and their mean size",
 }
 
@@ -97,6 +98,7 @@ class Side:
     oracle: list[Answer] = field(default_factory=list)
     restored: list[tuple[float, Answer]] = field(default_factory=list)
     device_hits: list[float] = field(default_factory=list)
+    raw: list[float] = field(default_factory=list)
     timed: list[dict[str, float]] = field(default_factory=list)
     _timers_read: int = 0
 
@@ -125,6 +127,11 @@ class Side:
     def costs(self) -> list[float]:
         """What restores cost, by the engine's timers."""
         return [sum(parts.values()) for parts in self.timed]
+
+    def latest(self) -> str:
+        """The last restore, for the log."""
+        raw = f", raw read {self.raw[-1]:.3f} s" if self.raw else ""
+        return f"{self.name} {self.restored[-1][0]:.2f} s (cost {self.costs()[-1]:.3f} s{raw})"
 
     def parts(self) -> dict[str, float]:
         """Medians of the parts of the costs."""
@@ -191,29 +198,41 @@ def first_visits(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[i
             settled(side)
 
 
-def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> list[float]:
-    """Fresh processes restore every prompt in turns; seconds of raw reads of our own files, per prompt."""
-    ours = contents_of(next(side.folder for side in sides if side.name == MEMKV))
-    reader = RawReader([ours])
+def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> None:
+    """Fresh processes restore every prompt in turns, beside raw reads of our own files."""
+    reader = RawReader([contents_of(side.folder) for side in sides if side.name == MEMKV])
     say("fresh processes")
-    raw = []
     with ExitStack() as stack:
         engines = [(side, stack.enter_context(start(side, plan, logs))) for side in sides]
         for _, engine in engines:
             ask(engine, tokens_of(2, 200))
         for round_ in range(plan.rounds):
             for number, prompt in enumerate(prompts):
+                raw_first = (round_ + number) % 2 == 0
                 for side, engine in engines if round_ % 2 else engines[::-1]:
-                    engine.flush()
-                    harness.drop_from_page_cache(side.files())
-                    side.take_timers()
-                    side.restored.append(ask(engine, prompt))
-                    side.timed.append(side.take_timers())
+                    restore(side, engine, prompt, reader, raw_first=raw_first)
                     side.device_hits.append(ask(engine, prompt)[0])
-                raw.append(reader.read_s(ours) / len(prompts))
-                text = ", ".join(f"{s.name} {s.restored[-1][0]:.2f} s (cost {s.costs()[-1]:.3f} s)" for s in sides)
-                say(f"    round {round_ + 1}, prompt {number + 1}: {text}, raw read {raw[-1]:.3f} s")
-    return raw
+                say(f"    round {round_ + 1}, prompt {number + 1}: {', '.join(s.latest() for s in sides)}")
+
+
+def restore(side: Side, engine: Engine, prompt: Sequence[int], reader: RawReader, *, raw_first: bool) -> None:
+    """One restore, and beside it, where the files are ours, a raw read of them."""
+    engine.flush()
+    harness.drop_from_page_cache(side.files())
+    ours = contents_of(side.folder)
+    prompts = len(side.cold)
+
+    def read_raw() -> None:
+        if ours.chunks:
+            side.raw.append(reader.read_s(ours) / prompts)
+
+    if raw_first:
+        read_raw()
+    side.take_timers()
+    side.restored.append(ask(engine, prompt))
+    side.timed.append(side.take_timers())
+    if not raw_first:
+        read_raw()
 
 
 def same_answers(sides: Sequence[Side], prompts: int) -> bool:
@@ -226,7 +245,7 @@ def same_answers(sides: Sequence[Side], prompts: int) -> bool:
     return True
 
 
-def record_of(sides: dict[str, Side], plan: Plan, raw: Sequence[float]) -> dict[str, Any]:
+def record_of(sides: dict[str, Side], plan: Plan) -> dict[str, Any]:
     """The content of the JSON file."""
     ours, linked, theirs = sides[MEMKV], sides[LINKER], sides[FILE]
     sizes = [path.stat().st_size for path in ours.files()]
@@ -242,13 +261,13 @@ def record_of(sides: dict[str, Side], plan: Plan, raw: Sequence[float]) -> dict[
         "file_backend_restore_ttft_s": harness.median([t for t, _ in theirs.restored]),
         "file_backend_restore_cost_s": harness.median(theirs.costs()),
         "file_backend_restore_cost_ttft_s": harness.median(theirs.ttft_costs()),
-        "raw_read_s": harness.median(raw),
+        "raw_read_s": harness.median([*ours.raw, *linked.raw]),
     }
     ratios = {
         "restore_cost / file_backend_restore_cost": ratio_of(ours.costs(), theirs.costs()),
-        "restore_cost / raw_read": ratio_of(ours.costs(), raw),
+        "restore_cost / raw_read": ratio_of(ours.costs(), ours.raw),
         "linker_restore_cost / file_backend_restore_cost": ratio_of(linked.costs(), theirs.costs()),
-        "linker_restore_cost / raw_read": ratio_of(linked.costs(), raw),
+        "linker_restore_cost / raw_read": ratio_of(linked.costs(), linked.raw),
     }
     return {
         "model": plan.model,
@@ -282,7 +301,12 @@ def record_of(sides: dict[str, Side], plan: Plan, raw: Sequence[float]) -> dict[
             for name, s in sides.items()
         },
         "pairs": {
-            name: {"restore_ttft_s": [t for t, _ in s.restored], "device_hit_ttft_s": s.device_hits, "timers": s.timed}
+            name: {
+                "restore_ttft_s": [t for t, _ in s.restored],
+                "device_hit_ttft_s": s.device_hits,
+                "timers": s.timed,
+                "raw_read_s": s.raw,
+            }
             for name, s in sides.items()
         },
         "meaning": MEANING,
@@ -390,8 +414,8 @@ def main(argv: Sequence[str]) -> int:
         for side in sides.values():
             side.folder.mkdir()
         first_visits(list(sides.values()), plan, prompts, logs, say)
-        raw = restores(list(sides.values()), plan, prompts, logs, say)
-        record = {**record_of(sides, plan, raw), "environment": harness.environment(scratch)}
+        restores(list(sides.values()), plan, prompts, logs, say)
+        record = {**record_of(sides, plan), "environment": harness.environment(scratch)}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     harness.write_json(record, arguments.output / "demo_sglang.json")
