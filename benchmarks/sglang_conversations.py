@@ -209,7 +209,7 @@ def summarise(sides: Mapping[str, Side], plan: ConversationPlan) -> dict[str, An
         baseline: {name: _ratios(sides[name], sides[baseline]) for name in SIDES if name not in (NONE, baseline)}
         for baseline in BASELINES
     }
-    body["agreement"] = _agreement(sides)
+    body["agreement"] = agreement_of(sides)
     body["working_set_tokens"] = plan.working_set_tokens
     body["meaning"] = MEANING
     return body
@@ -262,13 +262,14 @@ def _ratios(side: Side, baseline: Side) -> dict[str, tuple[float, float, float]]
     return {name: harness.median_of_pair_ratios(*pair) for name, pair in pairs.items()}
 
 
-def _agreement(sides: Mapping[str, Side]) -> dict[str, Any]:
+def agreement_of(sides: Mapping[str, Side]) -> dict[str, Any]:
+    """How far the sides' answers agree; see `MEANING`."""
     tokens = {name: [visit.answer.tokens for visit in side.visits] for name, side in sides.items()}
     gaps = [
         abs(one.answer.logprobs[0] - other.answer.logprobs[0])
-        for side in sides.values()
+        for name, side in sides.items()
         for one, other in zip(side.visits, sides[NONE].visits, strict=True)
-        if one.answer.tokens == other.answer.tokens
+        if name != NONE and one.answer.tokens == other.answer.tokens
     ]
     return {
         "all_sides_share": _share([len(set(map(tuple, same))) == 1 for same in zip(*tokens.values(), strict=True)]),
@@ -277,6 +278,7 @@ def _agreement(sides: Mapping[str, Side]) -> dict[str, Any]:
             for name in sides
             if name != NONE
         },
+        "logprobs_compared": len(gaps),
         "largest_logprob_difference": max(gaps, default=0.0),
     }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import bench_sglang
-from benchmarks.sglang_conversations import SIDES
-from tests.engines.sglang.engines import PAGE_TOKENS
+from benchmarks.sglang_conversations import NONE, SIDES, agreement_of
+from tests.engines.sglang.engines import PAGE_TOKENS, TOLERANCE
 
 STORING = ("file", "memkv", "linker")
 PLAN = bench_sglang.TINY.load
@@ -57,7 +58,19 @@ def test_all_sides_saw_the_same_prompts_and_answer_alike(run: Run) -> None:
     agreement = run.body["agreement"]
     assert agreement["all_sides_share"] == 1
     assert agreement["with_none_share"] == dict.fromkeys(STORING, 1)
-    assert 0 < agreement["largest_logprob_difference"] < 1e-3, "0: were they compared at all?"
+    assert agreement["logprobs_compared"] == len(STORING) * REQUESTS
+    assert agreement["largest_logprob_difference"] < TOLERANCE
+
+
+def test_answers_that_differ_are_seen() -> None:
+    def side(token: int, logprob: float) -> Any:
+        return SimpleNamespace(visits=[SimpleNamespace(answer=SimpleNamespace(tokens=[token], logprobs=[logprob]))])
+
+    same = agreement_of({NONE: side(1, -0.5), "memkv": side(1, -0.25)})
+    assert (same["logprobs_compared"], same["largest_logprob_difference"]) == (1, 0.25)
+    assert same["all_sides_share"] == same["with_none_share"]["memkv"] == 1
+    other = agreement_of({NONE: side(1, -0.5), "memkv": side(2, -0.5)})
+    assert other["logprobs_compared"] == other["all_sides_share"] == other["with_none_share"]["memkv"] == 0
 
 
 def test_pages_are_objects_of_their_own_in_the_file_backend_alone(run: Run) -> None:
