@@ -6,9 +6,10 @@
 
 Three engines take turns: with our hierarchical cache backend, with our linker and with `file`. All compute and store
 the prompts, all are ended, all start again as fresh processes; then each prompt is restored by one after the other,
-page cache cold, device and host cache flushed. What a restore costs is told by timers inside the engine
-(`restore_timers`): SGLang's CPU attention goes over the whole prefix even where nothing is computed, so that times to
-the first token say little. Writes `build/demo_sglang.json` and `build/demo_sglang.png`.
+page cache cold, device and host cache flushed, and beside each restore of ours its files are read raw. What a restore
+costs is told by timers inside the engine (`restore_timers`): SGLang's CPU attention goes over the whole prefix even
+where nothing is computed, so that times to the first token say little. Writes `build/demo_sglang.json` and
+`build/demo_sglang.png`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 from benchmarks import cpu_dtype, harness, restore_timers
 from benchmarks.demo_workload import build_workload
-from benchmarks.tier_files import RawReader, contents_of
+from benchmarks.tier_files import RawReader, TierContents, contents_of
 from tests.engines.prompts import tokens_of
 from tests.engines.sglang.engines import Answer, Engine, hicache, linker, memkv_extra, wait_until
 from tests.engines.sglang.forked_engines import ForkedEngine
@@ -49,10 +50,10 @@ MEANING = {
     "restore_cost_parts_s": "medians of the parts of that cost; a linker looks up and loads on the scheduler's thread",
     "file_backend_restore_cost_s": "the same with SGLang's own `file` backend, in turns",
     "linker_restore_cost_s": "look-up and load by our linker, in turns",
-    "restore_cost_ttft_s": "median of restore less the device hit of the same prompt right after it",
+    "restore_cost_ttft_s": "median, over the first round, of restore less the device hit of the prompt right after it",
     "ratios": "medians of the ratios of costs in pairs, each with its 95% bootstrap interval",
-    "raw_read_s": "the files of one prompt (all, divided by the prompts) by direct I/O into huge pages, in turns right "
-    "before and right after a restore; median over both of ours",
+    "raw_read_s": "the files of the prompt by direct I/O into huge pages, in turns right before and right after its "
+    "restore; median over both of ours",
     "objects": "files in the tier, and their mean size",
 }
 
@@ -98,6 +99,7 @@ class Side:
     oracle: list[Answer] = field(default_factory=list)
     restored: list[tuple[float, Answer]] = field(default_factory=list)
     device_hits: list[float] = field(default_factory=list)
+    stored: list[TierContents] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     timed: list[dict[str, float]] = field(default_factory=list)
     _timers_read: int = 0
@@ -139,8 +141,8 @@ class Side:
         return {name: harness.median([parts.get(name, 0.0) for parts in self.timed]) for name in names}
 
     def ttft_costs(self) -> list[float]:
-        """Restores less device hits."""
-        return [ttft - hit for (ttft, _), hit in zip(self.restored, self.device_hits, strict=True)]
+        """Restores less device hits, of the round that has them."""
+        return [ttft - hit for (ttft, _), hit in zip(self.restored, self.device_hits, strict=False)]
 
 
 class Say:
@@ -161,7 +163,7 @@ def ask(engine: Engine, prompt: Sequence[int], tokens: int = 1) -> tuple[float, 
 
 
 def settled(side: Side) -> None:
-    """Wait until nothing has been stored for a while."""
+    """Wait until nothing has been stored for a while; what is new is the last prompt's."""
     seen, since = -1, time.monotonic()
 
     def quiet() -> bool:
@@ -171,7 +173,9 @@ def settled(side: Side) -> None:
             seen, since = size, time.monotonic()
         return size > 0 and time.monotonic() - since > 2.0
 
-    wait_until(quiet, f"{side.name} has stored the prompts", 120)
+    wait_until(quiet, f"{side.name} has stored the prompt", 120)
+    earlier = {chunk for prompt in side.stored for chunk in prompt.chunks}
+    side.stored.append(TierContents(tuple(chunk for chunk in contents_of(side.folder).chunks if chunk not in earlier)))
 
 
 def start(side: Side, plan: Plan, logs: Path) -> Engine:
@@ -194,13 +198,13 @@ def first_visits(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[i
             for number, prompt in enumerate(prompts):
                 side.cold.append(ask(engine, prompt))
                 side.oracle.append(ask(engine, prompt)[1])
+                settled(side)
                 say(f"    prompt {number + 1}: {side.cold[-1][0]:.2f} s")
-            settled(side)
 
 
 def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]], logs: Path, say: Say) -> None:
     """Fresh processes restore every prompt in turns, beside raw reads of our own files."""
-    reader = RawReader([contents_of(side.folder) for side in sides if side.name == MEMKV])
+    reader = RawReader([stored for side in sides if side.name == MEMKV for stored in side.stored])
     say("fresh processes")
     with ExitStack() as stack:
         engines = [(side, stack.enter_context(start(side, plan, logs))) for side in sides]
@@ -210,21 +214,22 @@ def restores(sides: Sequence[Side], plan: Plan, prompts: Sequence[Sequence[int]]
             for number, prompt in enumerate(prompts):
                 raw_first = (round_ + number) % 2 == 0
                 for side, engine in engines if round_ % 2 else engines[::-1]:
-                    restore(side, engine, prompt, reader, raw_first=raw_first)
-                    side.device_hits.append(ask(engine, prompt)[0])
+                    restore(side, engine, prompt, side.stored[number], reader, raw_first=raw_first)
+                    if round_ == 0:
+                        side.device_hits.append(ask(engine, prompt)[0])
                 say(f"    round {round_ + 1}, prompt {number + 1}: {', '.join(s.latest() for s in sides)}")
 
 
-def restore(side: Side, engine: Engine, prompt: Sequence[int], reader: RawReader, *, raw_first: bool) -> None:
-    """One restore, and beside it, where the files are ours, a raw read of them."""
+def restore(
+    side: Side, engine: Engine, prompt: Sequence[int], stored: TierContents, reader: RawReader, *, raw_first: bool
+) -> None:
+    """One restore, and beside it, where the files are ours, a raw read of the same."""
     engine.flush()
     harness.drop_from_page_cache(side.files())
-    ours = contents_of(side.folder)
-    prompts = len(side.cold)
 
     def read_raw() -> None:
-        if ours.chunks:
-            side.raw.append(reader.read_s(ours) / prompts)
+        if stored.chunks:
+            side.raw.append(reader.read_s(stored))
 
     if raw_first:
         read_raw()
