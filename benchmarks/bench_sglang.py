@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_dtype, harness, sglang_conversations
-from benchmarks.demo_sglang import FILE, LINKER, MEMKV, PAGE_TOKENS, Say
-from benchmarks.demo_sglang import Side as Backend
+from benchmarks.harness import Progress
+from benchmarks.sglang_backend import FILE, LINKER, MEMKV, PAGE_TOKENS, Backend
 from benchmarks.sglang_conversations import BASELINES, NONE, SIDES, Side
 from benchmarks.vllm_conversations import ConversationPlan
 from tests.engines.sglang.engines import PAGE_TOKENS as TINY_PAGE_TOKENS
@@ -139,7 +139,7 @@ def bench(plan: Plan, folder: Path, *, cold: bool) -> dict[str, Any]:
     Returns:
         The benchmark's record.
     """
-    say, load = Say(), plan.load
+    say, load = Progress(), plan.load
     model = ensure_model(plan.model)
     LOGS.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

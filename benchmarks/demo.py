@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +36,7 @@ from benchmarks.demo_phases import (
 from benchmarks.demo_report import MEANING, Row, draw, print_table
 from benchmarks.demo_workload import Workload, build_workload
 from benchmarks.engine_run import EngineFailed, EngineSpec
+from benchmarks.harness import Progress
 from tests.environments.engine_env import ROOT
 
 # Several blocks make a chunk; vLLM's default on a CPU, 128, would fill one with a single block.
@@ -80,20 +80,6 @@ TINY = Plan(
     tune=False,
     environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"},
 )
-
-
-class Progress:
-    """Says what is going on, with the time since the start."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        print(f"[{time.monotonic() - self._started:5.0f} s] {line}", flush=True)
-
-    def detail(self, line: str) -> None:
-        """Says something that belongs to the line before."""
-        self(f"    {line}")
 
 
 def choose_settings(spec: EngineSpec, workload: Workload, say: Progress) -> tuple[Settings, list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from ctypes import CDLL, c_size_t, c_ubyte, c_void_p, get_errno
 from pathlib import Path
@@ -210,6 +211,20 @@ def write_json(record: dict[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+class Progress:
+    """Says what is going on, with the time since the start."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._started:5.0f} s] {line}", flush=True)
+
+    def detail(self, line: str) -> None:
+        """Says something that belongs to the line before."""
+        self(f"    {line}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

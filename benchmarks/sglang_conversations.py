@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.demo_sglang import FILE, LINKER, MEMKV, Say, ask
-from benchmarks.demo_sglang import Side as Backend
+from benchmarks.harness import Progress
+from benchmarks.sglang_backend import FILE, LINKER, MEMKV, Backend, ask
 from benchmarks.texts import documents
 from benchmarks.vllm_conversations import CHARS_PER_TOKEN, ConversationPlan, percentiles
 from tests.engines.sglang.engines import Answer, Engine
@@ -143,7 +143,7 @@ def messages_of(model: Path, plan: ConversationPlan) -> list[list[list[int]]]:
     return found
 
 
-def run(sides: Mapping[str, Side], plan: ConversationPlan, model: Path, say: Say, *, cold: bool) -> None:
+def run(sides: Mapping[str, Side], plan: ConversationPlan, model: Path, say: Progress, *, cold: bool) -> None:
     """Runs all rounds; each has conversations of its own.
 
     Args:
@@ -178,7 +178,7 @@ def _run_round(
     plan: ConversationPlan,
     messages: Sequence[Sequence[Sequence[int]]],
     round_: int,
-    say: Say,
+    say: Progress,
     cold: bool,
 ) -> None:
     histories: list[list[int]] = [[] for _ in messages]

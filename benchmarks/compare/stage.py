@@ -39,7 +39,7 @@ from benchmarks.compare.plan import PROFILES, RANDOM_335M, Profile, in_dtype
 from benchmarks.compare.prompts import Corpus, prefix_repetition, rag
 from benchmarks.compare.record import Record
 from benchmarks.compare.side import Side
-from benchmarks.demo_sglang import Say as Clocked
+from benchmarks.harness import Progress
 from tests.environments.engine_env import ROOT
 
 LOGS = ROOT / "build" / "logs"
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     parsed.folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="compare-", dir=parsed.folder))
-    say = Clocked()
+    say = Progress()
     ticks = harness.cpu_ticks()
     environment = {**harness.environment(scratch), "versions": versions()}
     head = {"stage": parsed.stage, "profile": asdict(profile), "environment": environment}
