@@ -36,7 +36,7 @@ FULL = Plan(
     "smollm2",
     3,
     6200,
-    5,
+    6,
     {
         "max_total_tokens": 24_576,
         "context_length": 8192,

@@ -3,6 +3,7 @@
     make compare                              # about an hour; or: python -m benchmarks.compare
     make compare ARGS="--profile full"        # an hour and three quarters: more rounds, longer prompts, a larger model
     make compare ARGS="--stages sglang"       # one engine only
+    make compare ARGS="--minutes 30"          # fewer rounds: intervals get wider
 
 Prints its plan and an estimate first. Each engine's contestants run in that engine's environment (`stage`), and write
 what they measured as they go; a side that fails is a row of the results, and makes the exit code 1. Writes
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def run_stage(run: Run, output: Path, folder: Path) -> dict[str, Any]:
     command = [
         str(ROOT / ".venvs" / run.stage / "bin" / "python"), "-m", "benchmarks.compare.stage", run.stage,
         "--profile", run.profile.name, "--dtype", run.profile.dtype, "--output", str(output), "--folder", str(folder),
-        "--sides", ";".join(run.sides),
+        "--sides", ";".join(run.sides), "--minutes", str(run.minutes),
     ]  # fmt: skip
     why = ""
     try:
@@ -251,6 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=lambda text: [name.strip() for name in text.split(";")],
         help="only these, separated by semicolons",
     )
+    parser.add_argument(
+        "--minutes", type=float, help="when vLLM's stage leaves out further rounds (default: the profile's)"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the sides store")
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for the JSON")
     parser.add_argument("--results", type=Path, help="folder for RESULTS.md (benchmarks/; the output's where tiny)")
@@ -262,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in parsed.sides or () if name not in known]:
         parser.error(f"--sides: {'; '.join(unknown)}: choose from {'; '.join(known)}")
     profile = plan.in_dtype(PROFILES[parsed.profile], parsed.dtype)
+    if parsed.minutes is not None:
+        profile = replace(profile, vllm_minutes=parsed.minutes)
     runs = runs_of(profile, parsed.stages, parsed.sides)
     show_plan(profile, runs)
     if parsed.plan:

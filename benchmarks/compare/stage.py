@@ -1,6 +1,7 @@
 """One engine's contestants, from their start to their end, in that engine's environment.
 
-    python -m benchmarks.compare.stage vllm --profile tiny --output build/compare/vllm.json --folder build
+    python -m benchmarks.compare.stage vllm --profile tiny --dtype float32 --minutes 10 \
+        --output build/compare/vllm.json --folder build
 
 Started by `benchmarks.compare`; writes its JSON as it goes.
 """
@@ -288,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", choices=PROFILES, default="default")
     parser.add_argument("--dtype", choices=cpu_dtype.DTYPES, required=True)
     parser.add_argument("--sides", type=lambda text: text.split(";"), help="names, separated by semicolons")
+    parser.add_argument("--minutes", type=float, required=True, help="when to leave out further rounds")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where the sides store; emptied afterwards")
     parsed = parser.parse_args(arguments)
@@ -305,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = model_of(parsed.stage, profile)
         makers = vllm_makers(profile, model, scratch) if is_vllm else sglang_makers(profile, scratch)
-        clock = Clock(profile.vllm_minutes if is_vllm else profile.sglang_minutes)
+        clock = Clock(parsed.minutes)
         driver = Driver(record, clock, say)
         driver.add({name: make for name, make in makers.items() if name in names and name != THROTTLED})
         late = {name: makers[name] for name in names if name == THROTTLED}
