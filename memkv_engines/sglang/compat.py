@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from memkv_engines.errors import IdentityError
+from memkv_engines.keys import JsonValue
+
 PREFIX_KEYS = "hicache_storage_pass_prefix_keys"
 
 
@@ -66,6 +69,37 @@ def wrap_method(
             delattr(owner, name)
 
     return undo
+
+
+def device_pool(depth: int = 2) -> Any | None:
+    """The KV cache whose host pools a backend is made for: the controller that makes it has it."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        pool = getattr(frame.f_locals.get("self"), "mem_pool_device", None)
+        if pool is not None:
+            return pool
+        frame = frame.f_back
+    return None
+
+
+def row_layout(kvcache: Any) -> JsonValue:
+    """How a DeepSeek V4 cache lays out its rows: they reach us as bytes, and different layouts can be equally long.
+
+    Raises:
+        IdentityError: this version of SGLang does not say.
+    """
+    try:
+        return {
+            "class": type(kvcache).__name__,
+            "rows": str(kvcache.pd_kv_layout()),
+            "unified": [bool(kvcache._unified_kv), bool(kvcache._unified_kv_fp8)],
+            "states": {str(ratio): str(c.state_dtype) for ratio, c in kvcache.compressed_pool_configs.items()},
+        }
+    except AttributeError as error:
+        raise IdentityError(
+            f"{type(kvcache).__name__} does not tell the layout of its rows ({error}): this version of SGLang is not "
+            "supported with DeepSeek V4; use 0.5.23 or start without this storage backend"
+        ) from error
 
 
 def model_runner(depth: int = 2) -> Any | None:

@@ -27,7 +27,7 @@ class PageGate:
     Args:
         enabled: as for ``CostGate``.
         page_tokens: tokens of a page.
-        page_bytes: bytes of a page, by pool; the pool of full attention is the first.
+        page_bytes: bytes of a page, by pool; the pool whose loads are measured is the first.
         chunk_pages: pages of a full chunk.
         least_tokens: SGLang loads no fewer.
     """

@@ -23,14 +23,15 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from memkv_engines.config import load_config
-from memkv_engines.errors import IoServiceError, LayoutError
+from memkv_engines.errors import ConfigError, IoServiceError, LayoutError
+from memkv_engines.keys import JsonValue
 from memkv_engines.limits import MIN_TRIAL_TOKENS
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.sglang import compat, identity
 from memkv_engines.sglang.flat import BouncePool, FlatPages
-from memkv_engines.sglang.pools import PagedPool
+from memkv_engines.sglang.pools import PagedPool, is_logical
 from memkv_engines.sglang.stores import PageStores
 
 log = get_logger(__name__)
@@ -63,6 +64,8 @@ class MemKVHiCache(HiCacheStorage):
         self.counters = Counters()
         self._pools: dict[str, PagedPool] = {}
         self._stores: PageStores | None = None
+        self._device_pool = compat.device_pool()
+        self._row_layout: JsonValue = None
         self._direct = bool((storage_config.extra_config or {}).get("interface_v1"))
         self._flat: FlatPages | None = None
         if not self._direct:
@@ -71,8 +74,21 @@ class MemKVHiCache(HiCacheStorage):
     # --- start and end -------------------------------------------------------
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """The anchor pool, which holds the KV of full attention."""
+        """The anchor pool, which holds the KV of full attention, or numbers its pages for the pools that do.
+
+        Raises:
+            ConfigError: it only numbers them, and ``interface_v1`` is not set.
+            IdentityError: it only numbers them, and the layout of their rows is unknown.
+        """
         super().register_mem_pool_host(mem_pool_host)
+        if is_logical(mem_pool_host):
+            if not self._direct:
+                raise ConfigError(
+                    "key 'interface_v1' is missing in --hicache-storage-backend-extra-config: set it to 1; the model's "
+                    "anchor pool holds no bytes that could be handed over as flat pages"
+                )
+            self._row_layout = compat.row_layout(self._device_pool)
+            return
         self._register(PoolName.KV, mem_pool_host if self._direct else BouncePool(mem_pool_host))
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
@@ -107,6 +123,7 @@ class MemKVHiCache(HiCacheStorage):
             list(self._pools.values()),
             self._sums,
             self._model_config,
+            self._row_layout,
             scheduler=self._scheduler,
             least_tokens=self._least_tokens,
         )
@@ -147,8 +164,8 @@ class MemKVHiCache(HiCacheStorage):
         """
         stores, prefix = self._started(), _prefix(extra_info)
         with stores.idle.prefetching():
-            pages = stores.by_pool[PoolName.KV.value].leading(keys, prefix)
-        return stores.gate.worth_loading(len(prefix), pages)
+            hits = stores.hits(keys, (), prefix)
+        return max(stores.worth_loading(hits, (), len(prefix)).usable, default=0)
 
     @guarded(lambda: PoolTransferResult.empty(), refusals=False)
     def batch_exists_v2(
@@ -183,13 +200,17 @@ class MemKVHiCache(HiCacheStorage):
         """Store KV pages from the host pool; per page whether the tier holds it now. Blocks until all are written."""
         return self._set(PoolName.KV.value, keys, host_indices, _prefix(extra_info))
 
-    @guarded(dict, refusals=False)
+    @guarded(recover="_nothing_loaded", refusals=False)
     def batch_get_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[str, list[bool]]:
         """``batch_get_v1`` for any pool."""
         prefix = _prefix(extra_info)
         return {t.name: self._get(str(t.name), t.keys or [], t.host_indices, prefix) for t in transfers}
+
+    def _nothing_loaded(self, transfers: list[PoolTransfer], extra_info: Any = None) -> dict[str, list[bool]]:
+        # SGLang takes the least of what it is told, and a pool it is not told of for one that does not matter.
+        return {t.name: [False] * len(t.keys or []) for t in transfers}
 
     @guarded(dict, refusals=False)
     def batch_set_v2(

@@ -39,7 +39,12 @@ def refuse_unsupported(storage_config: Any, pass_prefix_keys: bool | None) -> No
 
 
 def build_namespace(
-    storage_config: Any, config: Config, pools: Sequence[PagedPool], sums: ParameterSums | None, model_config: Any
+    storage_config: Any,
+    config: Config,
+    pools: Sequence[PagedPool],
+    sums: ParameterSums | None,
+    model_config: Any,
+    row_layout: JsonValue = None,
 ) -> Namespace:
     """The namespace of this rank; the same on all ranks of one engine that may read each other's bytes.
 
@@ -49,6 +54,7 @@ def build_namespace(
         pools: the host pools, in the order of their groups.
         sums: this rank's weights, or None where they are named or unknown.
         model_config: SGLang's configuration of the model, or None where it is unknown.
+        row_layout: of the device's rows, where the pools do not tell it.
 
     Raises:
         IdentityError: the weights are unknown and have no name.
@@ -65,6 +71,7 @@ def build_namespace(
         "attention_cp": [int(storage_config.attn_cp_rank), int(storage_config.attn_cp_size)],
         "pools": [pool.identity() for pool in pools],
         "tenant": config.identity.tenant,
+        **({"row_layout": row_layout} if row_layout is not None else {}),
         **protection_identity(config),
     }
     return Namespace(fields)

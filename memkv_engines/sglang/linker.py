@@ -85,6 +85,7 @@ class MemKVCacheLinker(UnifiedCacheLinker):
             [_paged(name, pool, storage_config, config.chunk.chunk_target_bytes) for name, pool in devices.items()],
             identity.weights_of(config, runner),
             getattr(runner, "model_config", None),
+            None if PoolName.KV in self.pools else compat.row_layout(params.token_to_kv_pool_allocator.get_kvcache()),
             pages,
             scheduler=compat.scheduler(),
         )

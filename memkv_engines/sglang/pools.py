@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from memkv_engines.offload.messages import GroupSpec, TileSpec
 GROUPS = {
     name: number
     for number, name in enumerate(
-        ("kv", "mamba", "swa", "auxiliary_swa", "indexer", "draft", "draft_indexer", "draft_swa")
+        (
+            *("kv", "mamba", "swa", "auxiliary_swa", "indexer", "draft", "draft_indexer", "draft_swa"),
+            *("deepseek_v4_c1", "deepseek_v4_c1_indexer", "deepseek_v4_c1_indexer_scale"),
+            *("deepseek_v4_c2", "deepseek_v4_c2_indexer", "deepseek_v4_c2_indexer_scale"),
+            *("deepseek_v4_c4", "deepseek_v4_c4_indexer", "deepseek_v4_c4_indexer_scale", "deepseek_v4_c4_rope"),
+            *("deepseek_v4_c128", "deepseek_v4_c128_rope"),
+            *("deepseek_v4_c4_state", "deepseek_v4_c4_indexer_state", "deepseek_v4_c128_state"),
+        )
     )
 }
 
@@ -91,6 +99,24 @@ class PagedPool:
             return None
         pages: list[int] = (slots[:, 0] // size).tolist()
         return pages
+
+
+def is_logical(pool: Any) -> bool:
+    """Whether a pool only numbers pages: the anchor of DeepSeek V4, whose bytes lie in pools derived from it."""
+    return getattr(pool, "kv_buffer", pool) is None
+
+
+def measured_pool(pools: Sequence[PagedPool]) -> PagedPool:
+    """The pool by which the cost of a hit is told: full attention's, or the largest of those derived from it.
+
+    Raises:
+        LayoutError: neither is there, so that nothing could be a hit.
+    """
+    own = [pool for pool in pools if pool.name == "kv"]
+    derived = [p for p in pools if p.name.startswith("deepseek_v4_") and not p.name.endswith("_state")]
+    if not own and not derived:
+        raise LayoutError(f"none of the pools {[pool.name for pool in pools]} holds the KV of full attention")
+    return own[0] if own else max(derived, key=lambda pool: pool.block_bytes)
 
 
 def _tiles(name: str, pool: Any, page_tokens: int) -> list[TileSpec]:

@@ -13,6 +13,7 @@ from memkv_engines.config import Config, split_paths
 from memkv_engines.doors.fingerprint import ParameterSums
 from memkv_engines.doors.io_client import DevicePages, worker_client
 from memkv_engines.errors import MemKVError, TierUnavailable
+from memkv_engines.keys import JsonValue
 from memkv_engines.limits import CLEAR_TIMEOUT_S, MIN_TRIAL_TOKENS
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
@@ -22,7 +23,7 @@ from memkv_engines.sglang import identity
 from memkv_engines.sglang.gating import PageGate, PrefillWatch
 from memkv_engines.sglang.idle_wait import IdleWait
 from memkv_engines.sglang.pages import PageStore
-from memkv_engines.sglang.pools import PagedPool
+from memkv_engines.sglang.pools import PagedPool, measured_pool
 from memkv_engines.tier.striped import open_directories
 
 log = get_logger(__name__)
@@ -52,9 +53,10 @@ class PageStores:
     Args:
         config: ours.
         storage_config: SGLang's; ranks and the model's name.
-        pools: every pool.
+        pools: every pool that holds bytes. Where full attention's only numbers pages (DeepSeek V4), it is none of them.
         sums: this rank's weights, where they are not named.
         model_config: SGLang's configuration of the model, or None where it is unknown.
+        row_layout: of the device's rows, where the pools do not tell it.
         pages: where the pools lie in device memory; None: in host memory.
         scheduler: SGLang's, whose prefills are measured, and which waits for prefetches; None: none are, none does.
         least_tokens: SGLang loads no fewer.
@@ -63,6 +65,7 @@ class PageStores:
         ConfigError: the tier cannot be used.
         IdentityError: the weights are unknown.
         GpuUnavailable: the pools lie on a GPU, and no driver or kernels are there to move them.
+        LayoutError: no pool holds the KV of full attention.
     """
 
     def __init__(
@@ -72,12 +75,14 @@ class PageStores:
         pools: Sequence[PagedPool],
         sums: ParameterSums | None,
         model_config: Any,
+        row_layout: JsonValue = None,
         pages: DevicePages | None = None,
         scheduler: Any | None = None,
         least_tokens: int = MIN_TRIAL_TOKENS,
     ) -> None:
         self._config = config
-        namespace = identity.build_namespace(storage_config, config, pools, sums, model_config)
+        measured = measured_pool(pools)
+        namespace = identity.build_namespace(storage_config, config, pools, sums, model_config, row_layout)
         self._folder = namespace.folder
         self.client = BlockingClient(
             worker_client(config, [pool.spec() for pool in pools], stores=config.policy.store, pages=pages),
@@ -85,12 +90,13 @@ class PageStores:
         )
         self.client.start()
         self.client.manifest(Manifest(namespace.canonical_json))
-        self.gate = _gate(config, pools, least_tokens)
+        self.gate = _gate(config, measured, pools, least_tokens)
+        self._measured = measured.name
         self._prefills = PrefillWatch(scheduler, self.gate.gate, Counters())
         self.idle = IdleWait(scheduler)
         self.by_pool = {pool.name: PageStore(pool, namespace, self.client, config) for pool in pools}
         # Other pools' loads serve the same tokens: they are not worth anything of their own.
-        self.by_pool[PoolName.KV.value].gate = self.gate
+        self.by_pool[measured.name].gate = self.gate
         for pool in pools:
             log.info(
                 "pool %s: pages of %d B, %d a chunk (%d at most)",
@@ -109,7 +115,7 @@ class PageStores:
             transfers: the pools beside that of full attention, with their policies.
             prefix: hashes of the pages before.
         """
-        kv = self.by_pool[PoolName.KV.value].leading(keys, prefix)
+        kv = self._anchor_pages(keys, transfers, prefix)
         by_pool: dict[str, int] = {PoolName.KV: kv} if kv else {}
         usable = set(range(1, kv + 1))
         for transfer in transfers:
@@ -123,12 +129,20 @@ class PageStores:
                 usable &= ends
         return Hits(by_pool, frozenset(usable))
 
+    def _anchor_pages(self, keys: Sequence[str], transfers: Sequence[PoolTransfer], prefix: Sequence[str]) -> int:
+        store = self.by_pool.get(PoolName.KV.value)
+        if store is not None:
+            return store.leading(keys, prefix)
+        # Pages without bytes of their own are all there, if a pool is asked that is derived from them and decides.
+        return len(keys) if any(t.hit_policy == PoolHitPolicy.ALL_PAGES for t in transfers) else 0
+
     def worth_loading(self, hits: Hits, transfers: Sequence[PoolTransfer], before: int) -> Hits:
         """What of it to load, by the cost gate. ``before``: pages before the first, as far as known."""
         longest = max(hits.usable, default=0)
         others = {
             str(t.name): len(t.keys or ()) if t.hit_policy == PoolHitPolicy.TRAILING_PAGES else longest
             for t in transfers
+            if str(t.name) != self._measured
         }
         pages = self.gate.worth_loading(before, longest, others)
         if pages and not any(end <= pages for end in hits.usable):
@@ -140,24 +154,40 @@ class PageStores:
         store = self.by_pool.get(str(transfer.name))
         if store is None:
             return set()
-        present = store.present(keys, prefix)
         if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
-            need = max(1, len(transfer.keys or []))
+            present, need = store.present(keys, prefix), max(1, len(transfer.keys or []))
             return {end for end in range(1, len(keys) + 1) if all(present[max(0, end - need) : end])}
-        leading = present.index(False) if False in present else len(present)
+        leading = store.leading(keys, prefix)
         if transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS:
             leading -= leading % max(1, transfer.block_pages)
         return set(range(1, leading + 1))
 
     def load(self, pool: str, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
-        """``PageStore.load`` of a pool; None too where we have no such pool or loads are switched off."""
+        """``PageStore.load`` of a pool; None too where we have no such pool or loads are switched off.
+
+        Pages of an anchor without bytes are in place: what is derived from it says what is usable.
+        """
+        if not self._config.policy.load:
+            return None
+        if self._is_numbers_only(pool):
+            return [True] * len(keys)
         store = self.by_pool.get(pool)
-        return store.load(keys, prefix, indices) if store is not None and self._config.policy.load else None
+        return store.load(keys, prefix, indices) if store is not None else None
 
     def store(self, pool: str, keys: Sequence[str], prefix: Sequence[str], indices: Any) -> list[bool] | None:
-        """``PageStore.store`` of a pool; None too where we have no such pool or stores are switched off."""
+        """``PageStore.store`` of a pool; None too where we have no such pool or stores are switched off.
+
+        Of an anchor without bytes there is nothing to store.
+        """
+        if not self._config.policy.store:
+            return None
+        if self._is_numbers_only(pool):
+            return [True] * len(keys)
         store = self.by_pool.get(pool)
-        return store.store(keys, prefix, indices) if store is not None and self._config.policy.store else None
+        return store.store(keys, prefix, indices) if store is not None else None
+
+    def _is_numbers_only(self, pool: str) -> bool:
+        return pool == PoolName.KV.value and pool not in self.by_pool
 
     def counters(self) -> dict[str, int]:
         """What was counted so far, the cost gate's decisions included."""
@@ -201,12 +231,11 @@ class PageStores:
         self.client.close()
 
 
-def _gate(config: Config, pools: Sequence[PagedPool], least_tokens: int) -> PageGate:
-    anchor = next(pool for pool in pools if pool.name == PoolName.KV.value)
+def _gate(config: Config, measured: PagedPool, pools: Sequence[PagedPool], least_tokens: int) -> PageGate:
     return PageGate(
         enabled=config.policy.cost_gate == "on",
-        page_tokens=anchor.page_tokens,
-        page_bytes={pool.name: pool.block_bytes for pool in (anchor, *pools)},
-        chunk_pages=anchor.blocks_per_chunk,
+        page_tokens=measured.page_tokens,
+        page_bytes={pool.name: pool.block_bytes for pool in (measured, *pools)},
+        chunk_pages=measured.blocks_per_chunk,
         least_tokens=least_tokens,
     )

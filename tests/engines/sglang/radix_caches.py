@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     import sglang.test.kits.unified_radix_cache.fixtures as fixtures
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+    from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
     from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 PAGE_TOKENS = 16
+V4_PAGE_TOKENS = 256
 _COMMON = {"page_size": PAGE_TOKENS, "num_layers": 4, "kv_size": 1024, "max_context_len": 1024}
 CONFIGS = {
     "full": CacheConfig(components=(ComponentType.FULL,), **_COMMON),
@@ -66,6 +68,15 @@ CONFIGS = {
         mamba_cache_size=60,
         full_attention_layer_ids=(1, 3),
         **_COMMON,
+    ),
+    # DeepSeek V4: its anchor pool holds no bytes; KV is compressed 4 and 128 times beside a window.
+    "v4": CacheConfig(
+        components=(ComponentType.FULL, ComponentType.SWA),
+        sliding_window_size=128,
+        page_size=V4_PAGE_TOKENS,
+        num_layers=4,
+        kv_size=40 * V4_PAGE_TOKENS,
+        max_context_len=16 * V4_PAGE_TOKENS,
     ),
 }
 LAYOUTS = (
@@ -117,6 +128,9 @@ class Bench(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
 
     def build(self) -> tuple[Any, Any, Any]:
         """Cache, allocator and request pool."""
+        if self.kind == "v4":
+            with mock.patch.object(fixtures, "SWAKVPool", v4_pool):
+                return fixtures.build_fixture(self.cfg, tree_core_backend="python")
         if self.kind != "mla":
             return fixtures.build_fixture(self.cfg, tree_core_backend="python")
 
@@ -133,7 +147,7 @@ class Bench(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         self.addCleanup(parallel.__exit__, None, None, None)
         arguments = ServerArgs(
             model_path="dummy",
-            page_size=PAGE_TOKENS,
+            page_size=self.cfg.page_size,
             hicache_io_backend=self._io,
             hicache_mem_layout=self._layout,
             hicache_storage_backend="dynamic",
@@ -167,7 +181,7 @@ class Side:
         self.cache, self._allocator, self._requests = bench.build()
         bench.attach(self.cache, extra)
         self._requests_made = 0
-        self._device = DeviceMemory(bench, self._allocator, self._requests, seed)
+        self._device = device_memory(bench, self._allocator, self._requests, seed)
 
     @property
     def backend(self) -> Any:
@@ -246,7 +260,7 @@ class LinkerSide:
         self._bench = bench
         # The fixtures' plain allocator gives slots that are no pages; an engine with pages has this one.
         with mock.patch.object(
-            fixtures, "TokenToKVPoolAllocator", partial(PagedTokenToKVPoolAllocator, page_size=PAGE_TOKENS)
+            fixtures, "TokenToKVPoolAllocator", partial(PagedTokenToKVPoolAllocator, page_size=bench.cfg.page_size)
         ):
             self.cache, self._allocator, self._requests = bench.build()
         config = {
@@ -255,7 +269,7 @@ class LinkerSide:
             "linker_extra_config": keys,
         }
         self.linker = create_unified_cache_linker(
-            ServerArgs(model_path="dummy", page_size=PAGE_TOKENS),
+            ServerArgs(model_path="dummy", page_size=bench.cfg.page_size),
             self.cache.cache_init_params,
             backend="dynamic",
             config=config,
@@ -263,7 +277,7 @@ class LinkerSide:
         )
         bench.addCleanup(self.linker.close)
         self.cache.init_cache_linker(self.linker)
-        self._device = DeviceMemory(bench, self._allocator, self._requests, seed)
+        self._device = device_memory(bench, self._allocator, self._requests, seed)
 
     def free_tokens(self) -> int:
         """Slots of the device pool of full attention that are not in use."""
@@ -340,13 +354,84 @@ class DeviceMemory:
         return [*cache.conv, cache.temporal]
 
 
+class V4Memory:
+    """What lies in the device pools of a DeepSeek V4 cache: noise at first.
+
+    Args:
+        allocator: of the pool that numbers the pages.
+        seed: of the noise.
+    """
+
+    def __init__(self, allocator: Any, seed: int) -> None:
+        pool = self._pool = allocator.get_kvcache()
+        # Rows are pages: of the tree in these ...
+        self._full = [*pool.c4_kv_pool.kv_buffer, *pool.c128_kv_pool.kv_buffer]
+        self._full += pool.c4_indexer_kv_pool.index_k_with_scale_buffer
+        # ... and of the window in those.
+        self._window = [*pool.swa_kv_pool.kv_buffer]
+        for states in (pool.compress_state_pools, pool.indexer_compress_state_pools):
+            for state in [state for state in states if state is not None and state.ratio == 4]:
+                rows = state.kv_score_buffer.kv_score.view(torch.uint8)
+                self._window.append(
+                    rows[: len(rows) // state.ring_size * state.ring_size].view(-1, state.ring_size, rows.shape[1])
+                )
+        noise = torch.Generator().manual_seed(seed)
+        for buffer in self._full + self._window:
+            buffer.copy_(torch.randint(0, 256, buffer.shape, generator=noise, dtype=torch.uint8))
+
+    def held_by(self, cache: Any, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Every byte of every layer that a cache holds here of a sequence."""
+        slots = cache.path_device_indices(fixtures.match_prefix(cache, list(tokens)).last_device_node)
+        assert len(slots) == len(tokens)
+        return self.read(slots, None)
+
+    def read(self, slots: torch.Tensor, state: None) -> list[torch.Tensor]:
+        """Every byte of every layer in some slots, and of the window at their end."""
+        pages = slots[::V4_PAGE_TOKENS] // V4_PAGE_TOKENS
+        window = self._pool.translate_loc_from_full_to_swa(slots[-1:]) // V4_PAGE_TOKENS
+        return [part[pages].clone() for part in self._full] + [part[window].clone() for part in self._window]
+
+
+def device_memory(bench: Bench, allocator: Any, requests: Any, seed: int) -> DeviceMemory | V4Memory:
+    """What lies in a cache's device pools."""
+    return V4Memory(allocator, seed) if bench.kind == "v4" else DeviceMemory(bench, allocator, requests, seed)
+
+
+def v4_pool(*, size: int, page_size: int, device: str, **_: Any) -> DeepSeekV4TokenToKVPool:
+    """A small one of SGLang's own, on the CPU, in place of a sliding window model's."""
+    pages = size // page_size
+    return DeepSeekV4TokenToKVPool(
+        max_num_reqs=8,
+        swa_size=size,
+        c4_size=size // 4,
+        c128_size=size // 128,
+        c4_state_pool_size=8 * pages,
+        c128_state_pool_size=128,
+        page_size=page_size,
+        swa_page_size=page_size,
+        dtype=torch.float8_e4m3fn,
+        c4_state_dtype=torch.float32,
+        c128_state_dtype=torch.float32,
+        qk_nope_head_dim=448,
+        qk_rope_head_dim=64,
+        indexer_head_dim=128,
+        layer_num=4,
+        device=device,
+        enable_memory_saver=False,
+        compression_ratios=[0, 4, 128, 4],
+        start_layer=0,
+        end_layer=4,
+        full_size=size,
+    )
+
+
 def _pool_buffers(pool: Any) -> list[torch.Tensor]:
     return list(pool.kv_buffer) if hasattr(pool, "kv_lora_rank") else [*pool.k_buffer, *pool.v_buffer]
 
 
-def sequence(pages: int, first: int = 1) -> list[int]:
+def sequence(pages: int, first: int = 1, page_tokens: int = PAGE_TOKENS) -> list[int]:
     """Tokens of so many pages."""
-    return list(range(first, first + pages * PAGE_TOKENS))
+    return list(range(first, first + pages * page_tokens))
 
 
 def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:

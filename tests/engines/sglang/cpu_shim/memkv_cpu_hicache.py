@@ -25,9 +25,15 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 POOLS = "sglang.srt.mem_cache.pool_host"
-POOL_MODULES = (f"{POOLS}.mha", f"{POOLS}.mla", f"{POOLS}.mamba")
-# The second class initialises itself without the first.
-HOST_POOLS = (f"{POOLS}.base.HostKVCache", f"{POOLS}.mamba.MambaPoolHost")
+V4_POOLS = "sglang.srt.mem_cache.memory_pool_host"
+POOL_MODULES = (f"{POOLS}.mha", f"{POOLS}.mla", f"{POOLS}.mamba", V4_POOLS)
+# The later classes initialise themselves without the first.
+HOST_POOLS = (
+    f"{POOLS}.base.HostKVCache",
+    f"{POOLS}.mamba.MambaPoolHost",
+    f"{V4_POOLS}.DeepSeekV4PagedHostPool",
+    f"{V4_POOLS}.DeepSeekV4StateHostPool",
+)
 TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 Tensor = torch.Tensor
