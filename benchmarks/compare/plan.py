@@ -119,6 +119,7 @@ class Profile:
         sglang_minutes: The same for SGLang's stage.
         light: Engines in one process with one thread, that start in a third of the time.
         dram_tier_bytes: Memory of the tier that each peer in vLLM puts before its disk. Ours has none.
+        staging_bytes: Memory through which ours passes.
         vllm_sides: Who takes part in vLLM's stage.
         only_documents: Leave out all workloads in vLLM but the documents.
         then: Further profiles that are run in vLLM after this one.
@@ -140,6 +141,7 @@ class Profile:
     sglang_minutes: float
     light: bool = False
     dram_tier_bytes: int = 512 << 20
+    staging_bytes: int = 256 << 20
     vllm_sides: tuple[str, ...] = VLLM_SIDES
     only_documents: bool = False
     then: tuple[str, ...] = ()
@@ -247,6 +249,7 @@ def in_dtype(profile: Profile, dtype: str) -> Profile:
         dtype=dtype,
         kv_bytes=cpu_dtype.kv_bytes(profile.kv_bytes, dtype),
         dram_tier_bytes=cpu_dtype.kv_bytes(profile.dram_tier_bytes, dtype),
+        staging_bytes=cpu_dtype.kv_bytes(profile.staging_bytes, dtype),
     )
 
 

@@ -328,8 +328,8 @@ def _setup(name: str, profile: Mapping[str, Any]) -> str:
     return (
         f"Model {MODELS[profile['model']]}. KV pool {profile['kv_bytes'] >> 20} MiB, blocks of {profile['block_size']} "
         f"tokens, at most {profile['max_model_len']} tokens. vLLM's native tier and LMCache have "
-        f"{profile['dram_tier_bytes'] >> 20} MiB of memory before their disk; ours has none, and stages in 256 MiB; "
-        "with `page_cache` it has what the machine does not use otherwise. "
+        f"{profile['dram_tier_bytes'] >> 20} MiB of memory before their disk; ours has none, and stages in "
+        f"{profile['staging_bytes'] >> 20} MiB; with `page_cache` it has what the machine does not use otherwise. "
         "`connector` are tokens from there, whatever level they came from."
     )
 

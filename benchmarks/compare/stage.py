@@ -112,7 +112,7 @@ def vllm_makers(profile: Profile, model: Path, scratch: Path) -> dict[str, Make]
         return sides.LMCacheSide(name, spec(), adapter_of(folder(name)), folder(name), log_of(name), dram_bytes)
 
     # A light engine may recompute a short prompt faster than a busy machine loads it; there, loading is what is tested.
-    cost_gate = "off" if profile.light else "on"
+    ours: dict[str, Any] = {"cost_gate": "off" if profile.light else "on", "staging_bytes": profile.staging_bytes}
     dram_bytes = profile.dram_tier_bytes
     makers = {
         NO_CACHE: lambda: sides.VllmSide(NO_CACHE, spec(prefix_caching=False), None, log_of(NO_CACHE)),
@@ -120,9 +120,9 @@ def vllm_makers(profile: Profile, model: Path, scratch: Path) -> dict[str, Make]
         NATIVE: lambda: sides.NativeSide(spec(), folder(NATIVE), log_of(NATIVE), dram_bytes),
         LMCACHE_FS: lambda: lmcache(LMCACHE_FS, sides.fs_adapter),
         LMCACHE_MEMKV: lambda: lmcache(LMCACHE_MEMKV, sides.memkv_adapter),
-        MEMKV: lambda: sides.MemKVSide(MEMKV, spec(), folder(MEMKV), log_of(MEMKV), cost_gate=cost_gate),
-        MEMKV_CACHED: lambda: sides.CachedSide(spec(), folder(MEMKV_CACHED), log_of(MEMKV_CACHED), cost_gate),
-        THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED), cost_gate),
+        MEMKV: lambda: sides.MemKVSide(MEMKV, spec(), folder(MEMKV), log_of(MEMKV), **ours),
+        MEMKV_CACHED: lambda: sides.CachedSide(spec(), folder(MEMKV_CACHED), log_of(MEMKV_CACHED), **ours),
+        THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED), **ours),
     }
     # LMCache's servers must be up before their engines can start: they go first.
     first = [LMCACHE_FS, LMCACHE_MEMKV]

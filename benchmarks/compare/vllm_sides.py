@@ -144,8 +144,8 @@ class CachedSide(MemKVSide):
 
     skips_documents = True
 
-    def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
-        super().__init__(MEMKV_CACHED, spec, folder, log, cost_gate=cost_gate, direct_io="page_cache")
+    def __init__(self, spec: EngineSpec, folder: Path, log: Path, **extra: Any) -> None:
+        super().__init__(MEMKV_CACHED, spec, folder, log, direct_io="page_cache", **extra)
 
 
 class ThrottledSide(MemKVSide):
@@ -153,11 +153,11 @@ class ThrottledSide(MemKVSide):
 
     only_loads = True
 
-    def __init__(self, spec: EngineSpec, folder: Path, log: Path, cost_gate: str) -> None:
+    def __init__(self, spec: EngineSpec, folder: Path, log: Path, **extra: Any) -> None:
         self._injector = Injector(folder)
         slowed = replace(spec, environment={**spec.environment, **self._injector.environment()})
         try:
-            super().__init__(THROTTLED, slowed, folder, log, store=False, cost_gate=cost_gate)
+            super().__init__(THROTTLED, slowed, folder, log, store=False, **extra)
         except BaseException:
             self._injector.close()
             raise

@@ -32,7 +32,7 @@ log = get_logger(__name__)
 LOST_STORES_LINE_S = 60.0
 _LOST = {
     "full": "full (free the device or raise capacity_bytes)",
-    "shed": "shed (the tier is slower than the engine computes)",
+    "shed": "shed (the tier is slower than the engine computes: raise staging_bytes)",
 }
 
 

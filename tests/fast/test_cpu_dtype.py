@@ -37,4 +37,5 @@ def test_pools_hold_as_many_tokens_in_every_dtype() -> None:
     profile = plan.in_dtype(plan.DEFAULT, "float32")
     assert (profile.dtype, profile.kv_bytes) == ("float32", 2 * plan.DEFAULT.kv_bytes)
     assert profile.dram_tier_bytes == 2 * plan.DEFAULT.dram_tier_bytes
+    assert profile.staging_bytes == 2 * plan.DEFAULT.staging_bytes
     assert plan.in_dtype(plan.DEFAULT, "bfloat16") == plan.DEFAULT
