@@ -69,7 +69,7 @@ class Plan:
 
 # bfloat16 only where the CPU multiplies it: elsewhere it takes a hundred times as long.
 DTYPES = tuple(dict.fromkeys((cpu_dtype.FLOAT32, cpu_dtype.native_dtype())))
-FULL = Plan(prompts=4, prompt_tokens=6200, repeats=3, dtypes=DTYPES, tune=True)
+FULL = Plan(prompts=4, prompt_tokens=6200, repeats=4, dtypes=DTYPES, tune=True)
 QUICK = Plan(prompts=2, prompt_tokens=1500, repeats=1, dtypes=("float32",), tune=False)
 # An engine in one process starts in a third of the time.
 TINY = Plan(

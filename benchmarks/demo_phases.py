@@ -81,11 +81,13 @@ class Restored:
         answer: What the engine said.
         external_tokens: Prompt tokens that came from the tier.
         raw_read_s: Time to read the same files by direct I/O into huge pages.
+        load_s: Time from the load's submission until every page is in place, by the connector's own timer.
     """
 
     answer: Answer
     external_tokens: int
     raw_read_s: float
+    load_s: float
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def restart(
                 restored[number].append(one)
                 say(
                     f"prompt {number + 1}: restored {one.external_tokens} tokens in {one.answer.ttft_s:.3f} s "
-                    f"(raw read {one.raw_read_s:.3f} s)"
+                    f"(load {one.load_s:.3f} s, raw read {one.raw_read_s:.3f} s)"
                 )
         diverging = _restore(engine, workload.diverging, files[0], raw)
         say(f"diverging prompt: restored {diverging.external_tokens} tokens, {diverging.answer.ttft_s:.2f} s")
@@ -183,8 +185,13 @@ def _restore(engine: Engine, prompt: Sequence[int], files: TierContents, raw: Ra
     engine.reset_prefix_cache()
     raw_read_s = raw.read_s(files)
     harness.drop_from_page_cache(files.paths)
+    before_us = _load_us(engine)
     answer, external_tokens = engine.ask(prompt, MAX_TOKENS)
-    return Restored(answer, external_tokens, raw_read_s)
+    return Restored(answer, external_tokens, raw_read_s, (_load_us(engine) - before_us) / 1e6)
+
+
+def _load_us(engine: Engine) -> float:
+    return engine.metrics().get("vllm:memkv_engines_load_microseconds", 0.0)
 
 
 def _median_ttft(answers: Sequence[Answer]) -> float:

@@ -32,6 +32,9 @@ MEANING = {
     "tail_chunks": "chunks with fewer blocks than a full one",
     "raw_read_s": "reading the files of one prompt by direct I/O into huge pages, taken just before each restore; "
     "median over all",
+    "load_s": "of a restore: from the load's submission until every page is in place, by the connector's own timer; "
+    "median over all",
+    "load_over_raw_read": "load_s / raw_read_s: median over the pairs and the ends of its 95% interval",
     "restore_over_limit": "restore_ttft_s / (raw_read_s + local_hit_ttft_s)",
     "tokens_equal": "fp32: all answers to a prompt are the same; bf16: computed answers are the same, and restored "
     "ones are those of a local hit (vLLM's own cache hits round differently there)",
@@ -74,6 +77,10 @@ class Row:
             "partial_chunk_hits": self.partial_chunk_hits,
             "tail_chunks": len(stored.tails),
             "raw_read_s": raw_s,
+            "load_s": _median(one.load_s for one in restored),
+            "load_over_raw_read": harness.median_of_pair_ratios(
+                [one.load_s for one in restored], [one.raw_read_s for one in restored]
+            ),
             "restore_over_limit": restore_s / (raw_s + local_s),
             "tokens_equal": self.tokens_equal,
             "settings": asdict(self.settings),
@@ -151,6 +158,7 @@ class Row:
                 "restore_ttft_s": [one.answer.ttft_s for one in self.restart.restored[number]],
                 "local_hit_ttft_s": [answer.ttft_s for answer in self.recompute.local[number]],
                 "raw_read_s": [one.raw_read_s for one in self.restart.restored[number]],
+                "load_s": [one.load_s for one in self.restart.restored[number]],
                 "external_hit_tokens": [one.external_tokens for one in self.restart.restored[number]],
                 "chunks": len(self.first_visit.files[number].chunks),
                 "stored_bytes": self.first_visit.files[number].stored_bytes,
@@ -188,6 +196,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         ("restore", [f"{row['restore_ttft_s']:.3f} s" for row in rows]),
         ("  speed-up", [f"{row['speedup']:.1f} x" for row in rows]),
         ("  raw read", [f"{row['raw_read_s']:.3f} s" for row in rows]),
+        ("  load, by its timer", [f"{row['load_s']:.3f} s" for row in rows]),
+        ("  load / raw read [95%]", ["{:.2f} [{:.2f}, {:.2f}]".format(*row["load_over_raw_read"]) for row in rows]),
         ("local hit", [f"{row['local_hit_ttft_s']:.3f} s" for row in rows]),
         ("  restore / limit", [f"{row['restore_over_limit']:.2f}" for row in rows]),
         ("tier tokens", [str(row["external_hit_tokens"]) for row in rows]),

@@ -39,7 +39,7 @@ def row(dtype: str = "float32") -> Row:
         BLOCK_SIZE,
         Recompute([answer(8.0)], [[answer(0.2), answer(0.4)]], answer(8.0, 7), answer(4.0, 7), 10.0),
         FirstVisit([answer(8.2)], [TierContents((chunk(1, 3), chunk(2, 3), chunk(3, 3), chunk(4, 1)))], 10.0),
-        Restart([[Restored(answer(0.4), 320, 0.1)]], Restored(answer(3.0, 7), 224, 0.1), 4, 10.0),
+        Restart([[Restored(answer(0.4), 320, 0.1, 0.11)]], Restored(answer(3.0, 7), 224, 0.1, 0.11), 4, 10.0),
     )
 
 
@@ -50,6 +50,7 @@ def test_a_good_run_passes_and_its_numbers_are_explained() -> None:
     assert numbers.keys() >= MEANING.keys()
     assert numbers["speedup"] == pytest.approx(20.0)
     assert numbers["restore_over_limit"] == pytest.approx(0.4 / (0.1 + 0.3))
+    assert numbers["load_over_raw_read"] == pytest.approx([1.1, 1.1, 1.1])
     assert (numbers["chunks"], numbers["tail_chunks"], numbers["blocks_per_chunk"]) == (4, 1, 3)
     assert (numbers["chunk_bytes"], numbers["stored_bytes"]) == (3000, 10000)
     assert numbers["partial_chunk_hits"] == 1
@@ -59,11 +60,11 @@ def test_a_good_run_passes_and_its_numbers_are_explained() -> None:
     ("changed", "complaint"),
     [
         ({"first_visit": FirstVisit([answer(8.2, 9)], row().first_visit.files, 0.0)}, "first visit"),
-        ({"restart": replace(row().restart, restored=[[Restored(answer(0.4, 9), 320, 0.1)]])}, "restored"),
-        ({"restart": replace(row().restart, diverging=Restored(answer(3.0, 9), 224, 0.1))}, "diverging"),
-        ({"restart": replace(row().restart, restored=[[Restored(answer(0.4), 224, 0.1)]])}, "only 224 of 320"),
-        ({"restart": replace(row().restart, diverging=Restored(answer(3.0, 7), 192, 0.1))}, "no part of a chunk"),
-        ({"restart": replace(row().restart, diverging=Restored(answer(3.0, 7), 0, 0.1))}, "no part of a chunk"),
+        ({"restart": replace(row().restart, restored=[[Restored(answer(0.4, 9), 320, 0.1, 0.11)]])}, "restored"),
+        ({"restart": replace(row().restart, diverging=Restored(answer(3.0, 9), 224, 0.1, 0.11))}, "diverging"),
+        ({"restart": replace(row().restart, restored=[[Restored(answer(0.4), 224, 0.1, 0.11)]])}, "only 224 of 320"),
+        ({"restart": replace(row().restart, diverging=Restored(answer(3.0, 7), 192, 0.1, 0.11))}, "no part of a chunk"),
+        ({"restart": replace(row().restart, diverging=Restored(answer(3.0, 7), 0, 0.1, 0.11))}, "no part of a chunk"),
     ],
 )
 def test_a_bad_run_fails_and_says_why(changed: dict[str, object], complaint: str) -> None:
@@ -74,7 +75,7 @@ def test_a_bad_run_fails_and_says_why(changed: dict[str, object], complaint: str
 
 def test_a_local_hit_counts_in_fp32_and_may_differ_from_a_computed_answer_in_bf16() -> None:
     local = replace(row().recompute, local=[[answer(0.2, 9)]], diverging_local=answer(4.0, 8))
-    again = Restart([[Restored(answer(0.4, 9), 320, 0.1)]], Restored(answer(3.0, 8), 224, 0.1), 4, 0.0)
+    again = Restart([[Restored(answer(0.4, 9), 320, 0.1, 0.11)]], Restored(answer(3.0, 8), 224, 0.1, 0.11), 4, 0.0)
     assert replace(row("bfloat16"), recompute=local, restart=again).tokens_equal
     assert not replace(row("float32"), recompute=local, restart=again).tokens_equal
 
