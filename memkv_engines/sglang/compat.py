@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,14 @@ from memkv_engines.keys import JsonValue
 PREFIX_KEYS = "hicache_storage_pass_prefix_keys"
 
 
+def _locals_up_the_stack(depth: int) -> Iterator[dict[str, Any]]:
+    """Local variables of the callers of who iterates, the nearest first; depth as for ``sys._getframe`` there."""
+    frame: FrameType | None = sys._getframe(depth + 1)
+    while frame is not None:
+        yield frame.f_locals
+        frame = frame.f_back
+
+
 def passes_prefix_keys(depth: int = 2) -> bool | None:
     """Whether the controller will pass the hashes of the pages before a batch.
 
@@ -25,23 +33,19 @@ def passes_prefix_keys(depth: int = 2) -> bool | None:
     Returns:
         None where nobody up the stack knows.
     """
-    frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
-        if PREFIX_KEYS in frame.f_locals:
-            return bool(frame.f_locals[PREFIX_KEYS])
-        frame = frame.f_back
+    for found in _locals_up_the_stack(depth):
+        if PREFIX_KEYS in found:
+            return bool(found[PREFIX_KEYS])
     return None
 
 
 def scheduler(depth: int = 2) -> Any | None:
     """This process's scheduler: backends are handed neither it nor a model, but it is up the stack that makes them."""
-    frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
+    for found in _locals_up_the_stack(depth):
         for name in ("self", "scheduler"):
-            worker = getattr(frame.f_locals.get(name), "tp_worker", None)
+            worker = getattr(found.get(name), "tp_worker", None)
             if worker is not None and getattr(worker, "model_runner", None) is not None:
-                return frame.f_locals[name]
-        frame = frame.f_back
+                return found[name]
     return None
 
 
@@ -73,12 +77,10 @@ def wrap_method(
 
 def device_pool(depth: int = 2) -> Any | None:
     """The KV cache whose host pools a backend is made for: the controller that makes it has it."""
-    frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
-        pool = getattr(frame.f_locals.get("self"), "mem_pool_device", None)
+    for found in _locals_up_the_stack(depth):
+        pool = getattr(found.get("self"), "mem_pool_device", None)
         if pool is not None:
             return pool
-        frame = frame.f_back
     return None
 
 
@@ -110,13 +112,11 @@ def model_runner(depth: int = 2) -> Any | None:
 
 def prefetch_threshold(default: int, depth: int = 2) -> int:
     """Tokens below which the controller loads nothing: taken out of the extra config like the prefix keys' switch."""
-    frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
+    for found in _locals_up_the_stack(depth):
         for name in ("prefetch_threshold", "storage_prefetch_threshold"):
-            value = frame.f_locals.get(name)
+            value = found.get(name)
             if isinstance(value, int):
                 return value
-        frame = frame.f_back
     return default
 
 

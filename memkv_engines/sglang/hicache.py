@@ -64,7 +64,6 @@ class MemKVHiCache(HiCacheStorage):
         self.counters = Counters()
         self._pools: dict[str, PagedPool] = {}
         self._stores: PageStores | None = None
-        self._device_pool = compat.device_pool()
         self._row_layout: JsonValue = None
         self._direct = bool((storage_config.extra_config or {}).get("interface_v1"))
         self._flat: FlatPages | None = None
@@ -87,7 +86,7 @@ class MemKVHiCache(HiCacheStorage):
                     "key 'interface_v1' is missing in --hicache-storage-backend-extra-config: set it to 1; the model's "
                     "anchor pool holds no bytes that could be handed over as flat pages"
                 )
-            self._row_layout = compat.row_layout(self._device_pool)
+            self._row_layout = compat.row_layout(compat.device_pool())
             return
         self._register(PoolName.KV, mem_pool_host if self._direct else BouncePool(mem_pool_host))
 

@@ -5,14 +5,13 @@ The model itself needs a GPU and is not run here; caches, host pools, controller
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memkv_engines.chunk.codec import decode_header
 from memkv_engines.errors import ConfigError, IdentityError
 from memkv_engines.keys import ChunkName
 from memkv_engines.sglang import compat
@@ -25,16 +24,13 @@ from tests.engines.sglang.radix_caches import (
     same,
     sequence,
 )
+from tests.engines.sglang.tier_of_engine import damage_file
 
 FULL_POOLS = {"deepseek_v4_c4", "deepseek_v4_c4_indexer", "deepseek_v4_c128"}
 WINDOW_POOLS = {"swa", "deepseek_v4_c4_state", "deepseek_v4_c4_indexer_state"}
 LAYOUTS = [("direct", "layer_first"), ("direct", "page_first_direct"), ("kernel", "page_first")]
 NAMES = {number: name for name, number in GROUPS.items()}
 prompt = partial(sequence, page_tokens=V4_PAGE_TOKENS)
-
-
-def pages(count: int) -> int:
-    return count * V4_PAGE_TOKENS
 
 
 @pytest.fixture
@@ -52,11 +48,11 @@ def chunks_of(tier: Path, pool: str) -> list[Path]:
     return [path for path in sorted(tier.rglob("*.kv")) if NAMES[ChunkName.parse(path.name).group] == pool]
 
 
-def damage_last_block(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    geometry = decode_header(data).geometry
-    data[geometry.block_offset(ChunkName.parse(path.name).block_count - 1) + 77] ^= 0x10
-    path.write_bytes(data)
+def put_back(files: Mapping[Path, bytes]) -> None:
+    """Damaged chunks are removed when they are noticed, with their folders."""
+    for path, data in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def test_every_pool_that_sglang_names_has_a_group() -> None:
@@ -83,13 +79,11 @@ def test_damage_in_any_pool_is_never_loaded(bench: Bench, tier: Path) -> None:
     free = reader.free_host_tokens()
     for pool in sorted(FULL_POOLS | WINDOW_POOLS):
         for path in chunks_of(tier, pool):
-            damage_last_block(path)
+            damage_file(path)
         # SGLang drops the whole prefetch where a window's pools do not fit what came of the others.
         assert reader.prefetch(tokens) == 0, f"damage in {pool} was loaded"
         assert reader.free_host_tokens() == free, "host slots leak"
-        for path, data in good.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+        put_back(good)
     assert all(thread.is_alive() for thread in reader.threads)
     assert reader.prefetch(tokens) == len(tokens)
     assert same(stored, reader.load_back(tokens))
@@ -164,11 +158,9 @@ def test_the_linker_recomputes_what_is_damaged(bench: Bench, tier: Path) -> None
     free = reader.free_tokens()
     for pool in sorted(FULL_POOLS | WINDOW_POOLS):
         for path in chunks_of(tier, pool):
-            damage_last_block(path)
+            damage_file(path)
         assert reader.load(tokens) is None, f"damage in {pool} was loaded"
         assert reader.free_tokens() == free, "slots leak"
-        for path, data in good.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+        put_back(good)
     loaded = reader.load(tokens)
     assert loaded is not None and same(stored, loaded)
