@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 import vllm
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from memkv_engines.errors import ConfigError, IdentityError, LayoutError
@@ -190,6 +191,23 @@ def page_allocator() -> Any:
     from vllm.device_allocator import get_mem_allocator_instance
 
     return get_mem_allocator_instance()
+
+
+def cached_pages(block_pool: Any) -> Callable[[int, Sequence[bytes], Sequence[int]], bool]:
+    """Tells whether pages are in vLLM's prefix cache, free or not, as blocks of a group with these chain hashes.
+
+    What the cache says after a step was scheduled is what the pages hold after that step: blocks are entered when the
+    step that completes them is scheduled, and taken out when they are handed out again.
+    """
+
+    blocks = getattr(block_pool, "blocks", ())
+
+    def holds(group: int, hashes: Sequence[bytes], block_ids: Sequence[int]) -> bool:
+        keys = (make_block_hash_with_group_id(BlockHash(own), group) for own in hashes)
+        # Pages of a group with a pool of its own are not in this one.
+        return all(i < len(blocks) and blocks[i].block_hash == key for i, key in zip(block_ids, keys, strict=True))
+
+    return holds
 
 
 def attention_identity(vllm_config: Any, layer_names: list[str]) -> dict[str, str]:

@@ -126,6 +126,9 @@ class MemKVConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
         self._s.take_handshakes([metadata[rank] for rank in sorted(metadata)])
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._s.bind_block_pool(gpu_block_pool)
+
     def on_new_request(self, request: Request) -> None:
         self._s.on_new_request(request)
 

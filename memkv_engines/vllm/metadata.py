@@ -72,6 +72,7 @@ class StepMetadata(KVConnectorMetadata):
         tails: job id, chunks; to gather before anything of this step touches the pages, since they are free already.
         step: number to send back with the step's result; 0 for none.
         idle: this step computes nothing.
+        awaits_stores: an idle step runs only to learn what became of stores.
     """
 
     loads: list[tuple[str, int, tuple[LoadRun, ...], float]] = field(default_factory=list)
@@ -80,6 +81,7 @@ class StepMetadata(KVConnectorMetadata):
     tails: list[tuple[int, tuple[StoreChunk, ...]]] = field(default_factory=list)
     step: int = 0
     idle: bool = False
+    awaits_stores: bool = False
 
 
 @dataclass

@@ -16,6 +16,7 @@ from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import IoClient
+from memkv_engines.offload.leftovers import Holds
 from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup, Run
 from memkv_engines.offload.messages import STOPPED, LoadRun, Manifest, ProbeDone, Setup
 from memkv_engines.offload.planning import StorePlanner
@@ -83,6 +84,8 @@ class SchedulerSide:
         self._adapters: AdapterNamespaces | None = None
         self._lookup: PrefixLookup | None = None
         self._planner: StorePlanner | None = None
+        # Until the engine's page pool is known.
+        self._holds: Holds = lambda group, hashes, block_ids: False
         self._gate: HitGate | None = None
         self._client = IoClient(
             Setup(
@@ -135,7 +138,7 @@ class SchedulerSide:
             send=self._client.submit_probe,
             counters=self.counters,
         )
-        self._planner = StorePlanner(views, self._lookup)
+        self._planner = StorePlanner(views, self._lookup, room_chunks=self._room_chunks(handshakes[0], views))
         enabled = self._config.policy.cost_gate == "on"
         self._gate = HitGate(enabled=enabled, counters=self.counters, handshakes=handshakes, align_tokens=align)
         self._views = views
@@ -152,6 +155,15 @@ class SchedulerSide:
                 chunk_bytes / 2**20,
                 f", sliding window of {view.window_tokens} tokens" if view.window_tokens else "",
             )
+
+    def _room_chunks(self, handshake: Handshake, views: list[GroupView]) -> int:
+        """About how many chunks of the largest kind the workers' staging for stores holds."""
+        largest = max(v.blocks_per_chunk * f.block_bytes for v, f in zip(views, handshake.groups, strict=True))
+        return max(1, self._config.io.staging_bytes // 2 // largest)
+
+    def bind_block_pool(self, block_pool: Any) -> None:
+        """The engine's page pool: it knows which pages still hold what a request left behind."""
+        self._holds = compat.cached_pages(block_pool)
 
     def _adopt(self, namespace: Namespace) -> None:
         self._namespace = namespace
@@ -380,6 +392,16 @@ class SchedulerSide:
             )
             if plan is not None:
                 meta.stores.append(plan)
+        self._plan_leftovers(self._planner, meta)
+
+    def _plan_leftovers(self, planner: StorePlanner, meta: StepMetadata) -> None:
+        leftovers = planner.plan_leftovers(self._holds)
+        if leftovers is not None:
+            meta.stores.append(leftovers)
+            self.counters.add("store_leftovers", len(leftovers[1]))
+        if lost := planner.take_lost():
+            self.counters.add("store_leftovers_lost", lost)
+        meta.awaits_stores = meta.idle and planner.awaits_results
 
     @guarded(default=lambda: (False, None))
     def request_finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> tuple[bool, None]:
@@ -408,8 +430,10 @@ class SchedulerSide:
 
     @property
     def has_work(self) -> bool:
-        """Whether the engine must step once more for us: tails wait to be handed to the workers."""
-        return bool(self._meta.tails)
+        """Whether the engine must step for us: tails wait to be handed to the workers, or others for room."""
+        if self._meta.tails:
+            return True
+        return self._planner is not None and self._planner.awaits_results
 
     # --- results -------------------------------------------------------------
 

@@ -32,7 +32,7 @@ log = get_logger(__name__)
 LOST_STORES_LINE_S = 60.0
 _LOST = {
     "full": "full (free the device or raise capacity_bytes)",
-    "shed": "shed (the tier is slower than the engine computes: raise staging_bytes)",
+    "shed": "shed (no staging was free: raise staging_bytes; they are offered again while their pages hold them)",
 }
 
 
@@ -55,7 +55,7 @@ class WorkerSide:
         self._writers: frozenset[int] = frozenset()
         self._loading: dict[int, tuple[str, tuple[LoadRun, ...]]] = {}
         self._skipped: dict[int, tuple[str, ...]] = {}
-        self._idle = False
+        self._idle = self._awaits_stores = False
         self._report = WorkerReport()
         self._bad_blocks: set[int] = set()
         self._finished: set[str] = set()
@@ -116,7 +116,7 @@ class WorkerSide:
 
     def start_loads(self, meta: StepMetadata) -> None:
         """``start_load_kv``: hand over this step's loads."""
-        self._report.step, self._idle = meta.step, meta.idle
+        self._report.step, self._idle, self._awaits_stores = meta.step, meta.idle, meta.awaits_stores
         for request_id, job_id, runs, stop_s in meta.loads:
             self._start_load(request_id, job_id, runs, stop_s)
         for request_id, block_ids in meta.failed:
@@ -158,13 +158,13 @@ class WorkerSide:
 
     @guarded()
     def poll(self) -> None:
-        """Take in what the service has finished; in a step without a forward, wait a little for a load.
+        """Take in what the service has finished; in a step without a forward, wait a little for what it runs for.
 
         The engine would only run empty steps meanwhile, and take the time for them from the I/O service.
         """
         client = self._require_client()
         results = client.poll()
-        if self._idle and self._loading and not results and not self._finished:
+        if self._idle and (self._loading or self._awaits_stores) and not results and not self._finished:
             client.wait(IDLE_LOAD_WAIT_S)
             results = client.poll()
         for result in results:
@@ -204,7 +204,7 @@ class WorkerSide:
         lost = result.lost
         held = self._lines.admit("store") if lost else None
         if held is not None:
-            text = "%d of %d chunks were not stored and will be recomputed: %s (%d more such lines held back)"
+            text = "%d of %d chunks were not stored: %s (%d more such lines held back)"
             kinds = ", ".join(_LOST.get(kind, kind) for kind in sorted(set(lost)))
             log.warning(text, len(lost), len(result.outcomes), kinds, held)
 

@@ -29,6 +29,7 @@ from tests.trust import report
 MODEL = "tiny-llama"
 KV_BYTES_PER_TOKEN = 4096  # of this model in float32
 ROUNDS_PER_ENGINE = 250
+SCARCE = "threads, scarce staging"
 CONTROL = "control: no fence"
 # Of figures that are not counts, what tells most.
 WORST = {"worst_difference": max, "closest_foreign": min}
@@ -62,6 +63,8 @@ VARIANTS = {
     "child process": Variant(),
     "child process, async scheduling": Variant(16, 64, start={"force_async_scheduling": True}),
     "threads": Variant(28, extra={"io_process": "off"}),
+    # Chunks are shed, and stored when their requests have ended and their pages are free.
+    SCARCE: Variant(44, extra={"io_process": "off"}, after=({"do": "scarce", "share": 0.8},)),
     "device path (fake driver)": Variant(26, before=({"do": "fake_gpu", "kernels": True},)),
 }
 
@@ -140,6 +143,8 @@ def broken(name: str, found: dict[str, Any]) -> list[str]:
         told.append("no preemption: no pressure")
     if not any(way.startswith("aborted") for way in found["ways"]):
         told.append("no abort")
+    if name == SCARCE and not found["counted"].get("store_leftovers"):
+        told.append("nothing was stored after its request had ended")
     if found["closest_foreign"] < 1000 * max(found["worst_difference"], 1e-3):
         told.append(f"another block may differ by as little as {found['closest_foreign']:.3g}")
     if found["counted"].get("boundary_errors"):

@@ -9,6 +9,7 @@ import copy
 import importlib
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -246,19 +247,40 @@ class Player:
 
         IoClient.fence = lambda _: True
 
+    def scarce(self, share: float) -> None:
+        """From now on such a share of gathers finds no staging; only with threads of the engine for I/O."""
+        from memkv_engines.offload.staging import StagingPool
+
+        acquire, chance = StagingPool.try_acquire, random.Random(1)
+        # Loads wait for a slot (`acquire`); only stores try.
+        StagingPool.try_acquire = lambda pool: None if chance.random() < share else acquire(pool)
+
     def settle(self) -> Report:
         """Step the engine until every store has been answered."""
         before = self._counted()
 
         def stored() -> bool:
             self._nudge()
-            return not has_kv_transfer_group() or not self._worker.pending_stores
+            if not has_kv_transfer_group():
+                return True
+            return not (self._worker.pending_stores or self._scheduler.connector.has_pending_push_work())
 
         self._nudge()
         self._until(stored, "stores")
         # One more step carries the last answers to the scheduler and the counters to the metrics.
         self._nudge()
         return {"counted": self._since(before)}
+
+    def idle(self) -> Report:
+        """Step an engine without requests for as long as it asks for it, as the loop of its own process does."""
+        before, steps = self._counted(), 0
+        deadline = time.monotonic() + PATIENCE_S
+        while self._scheduler.has_requests():
+            self._engine.llm_engine.step()
+            steps += 1
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"an idle engine still wants steps after {PATIENCE_S:.0f} s")
+        return {"steps": steps, "counted": self._since(before)}
 
     def reset(self, connector: bool = False) -> None:
         """Empty the engine's own prefix cache, once its requests have let go of it."""
@@ -425,12 +447,16 @@ class Player:
     # What the connector keeps to itself: the ends of its two I/O processes.
 
     @property
+    def _scheduler(self) -> Any:
+        return self._engine.llm_engine.engine_core.engine_core.scheduler
+
+    @property
     def _worker(self) -> Any:
         return get_kv_transfer_group()._worker._client
 
     @property
     def _prober(self) -> Any:
-        return self._engine.llm_engine.engine_core.engine_core.scheduler.connector._scheduler._client
+        return self._scheduler.connector._scheduler._client
 
     def _adapter(self, folder: str) -> LoRARequest:
         number = self._adapters.setdefault(folder, len(self._adapters) + 1)
