@@ -27,6 +27,12 @@ BUILD = ROOT / "build" / "benchmarks"
 # ---------------------------------------------------------------------------------------------------- where it ran
 
 
+def available_memory_bytes() -> int:
+    """Returns how much memory can be had without swapping."""
+    told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(told["MemAvailable"].split()[0]) * 1024
+
+
 def environment(directory: Path) -> dict[str, Any]:
     """Describe machine and software, without paths or names of this machine.
 

@@ -98,6 +98,20 @@ def show_plan(profile: Profile, runs: Sequence[Run]) -> None:
     harness.print_table(f"plan of profile {profile.name}", ["", "visits", "estimate"], rows)
     limits = ", ".join(f"{run.name} {run.minutes:.0f} min" for run in runs)
     print(f"Rounds beyond those needed are left out once a stage has taken this long: {limits}.", flush=True)
+    warn_of_memory(runs, harness.available_memory_bytes())
+
+
+def warn_of_memory(runs: Sequence[Run], available_bytes: int) -> None:
+    """Says which runs need more memory than there is: the kernel would end an engine in the middle of them."""
+    for run in runs:
+        needed = plan.vllm_memory_bytes(run.profile, run.sides) if run.stage == "vllm" else 0
+        if needed > available_bytes:
+            print(
+                f"WARNING: {run.name} needs about {needed / 2**30:.0f} GiB of memory, and "
+                f"{available_bytes / 2**30:.0f} GiB are free: leave some sides out with --sides",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def run_stage(run: Run, output: Path, folder: Path) -> dict[str, Any]:

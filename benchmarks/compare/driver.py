@@ -14,7 +14,7 @@ from benchmarks.compare.record import Record
 from benchmarks.compare.side import Meter, Result, Side
 from benchmarks.tier_files import RawReader, TierContents, contents_of, wait_for_blocks
 
-DOCUMENTS, CONVERSATIONS = "documents", "conversations"
+DOCUMENTS, CONVERSATIONS, RESUMED = "documents", "conversations", "conversations resumed from the disk"
 RAG, REPETITION = "passages behind a shared system prompt", "prefix repetition"
 FIRST, AGAIN, LOCAL = "first visit", "second visit", "local hit"
 FLUSH_TOKENS = 8
@@ -49,6 +49,7 @@ class Driver:
         self._visits = 0
         self._stored: dict[str, TierContents] = {}
         self._raw: RawReader | None = None
+        self._talks: list[dict[str, list[list[int]]]] = []
 
     # ------------------------------------------------------------------------------------------ sides that may fail
 
@@ -262,6 +263,24 @@ class Driver:
             talks = workloads.conversations(corpus, plan.count, plan.turns, plan.document_tokens, plan.user_tokens)
             self._talk(plan, talks, number, cold)
 
+    def resume(self, plan: plans.Conversations, corpus: Corpus) -> None:
+        """One more turn of every conversation, by sides that store, with nothing left in memory.
+
+        So it is after a restart, or when more has been stored meanwhile than memory holds.
+        """
+        names = [name for name in self.visited_first() if self._sides[name].stores]
+        self.forget_all()
+        for number, histories in enumerate(self._talks, 1):
+            messages = [corpus.take(plan.user_tokens) for _ in range(plan.count)]
+            for first in range(0, plan.count, plan.together):
+                group = range(first, min(first + plan.together, plan.count))
+                unit = f"{number}.{first // plan.together + 1}"
+                for name in self.order(names):
+                    asked = [histories[name][talk] + messages[talk] for talk in group]
+                    labels = {"step": "next turn", "unit": unit, "length": len(asked[0]), "round": number}
+                    self.visit(name, asked, plan.answer_tokens, workload=RESUMED, **labels)
+                self._tell(RESUMED, "next turn", unit, number)
+
     def _talk(self, plan: plans.Conversations, talks: Sequence[Conversation], number: int, cold: bool) -> None:
         histories = {name: [list(talk.opening) for talk in talks] for name in self._sides}
         for turn in range(1, plan.turns + 1):
@@ -284,6 +303,7 @@ class Driver:
                         for talk, reply in zip(group, result.replies, strict=True):
                             history[talk] += reply.tokens
                 self._tell(CONVERSATIONS, f"turn {turn}", unit, number)
+        self._talks.append(histories)
 
     def requests(self, workload: str, prompts: Sequence[Sequence[int]], together: int, answer_tokens: int) -> None:
         """Prompts in groups, one group after the other."""

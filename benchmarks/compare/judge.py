@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION
+from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION, RESUMED
 from benchmarks.compare.names import (
     FILE,
     HICACHE,
@@ -420,7 +420,11 @@ def judge_conversations(batches: Sequence[Batch]) -> list[Judgement]:
     over_peers = [
         judge_throughput(batches, CONVERSATIONS, side, peers, 1.0, f"{side}: {text}") for side, text in told.items()
     ]
-    return [*over_no_cache, *over_peers]
+    resumed = judge_throughput(
+        batches, RESUMED, MEMKV, (NATIVE, LMCACHE_FS), 1.0,
+        f"{MEMKV}: resumed when nothing is left in memory, they run at least as fast as with the best peer",
+    )  # fmt: skip
+    return [*over_no_cache, *over_peers, resumed]
 
 
 def judge_vllm(body: Mapping[str, Any]) -> Verdict:

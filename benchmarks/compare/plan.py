@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks import cpu_dtype
-from benchmarks.compare.names import LMCACHE_FS, MEMKV, NATIVE, PREFIX_CACHE, VLLM_SIDES
+from benchmarks.compare.names import LMCACHE_FS, LMCACHE_MEMKV, MEMKV, NATIVE, PREFIX_CACHE, THROTTLED, VLLM_SIDES
 
 RANDOM_335M = "random-335m"
 # Back of the envelope, two virtual cores, SmolLM2-135M in bfloat16: 0.9 s for 1,000 tokens and 13 s for 8,000.
@@ -15,6 +16,8 @@ _SECONDS_PER_TOKEN_SQUARED = 0.104e-6
 _RESTORE_S = 0.5
 _SETTLE_S = 1.4
 _VLLM_START_S = 28.0
+# Proportional memory of vLLM's three processes without weights and KV, and of LMCache's server without its tier.
+_VLLM_BYTES, _LMCACHE_SERVER_BYTES = 17 << 27, 3 << 27
 _SGLANG_START_S = 35.0
 _SGLANG_REQUEST_S = 0.6
 
@@ -313,6 +316,13 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
             * (talk_s * (sides + recomputing * later) + storing * later * (_RESTORE_S + prefill_s(talk.user_tokens))),
         )
     )
+    found.append(
+        _line(
+            "conversations resumed",
+            groups * storing,
+            talk.rounds * talk.count * storing * (_RESTORE_S + prefill_s(talk.user_tokens)),
+        )
+    )
     rag, repetition = profile.rag, profile.prefix_repetition
     found.append(_line("RAG", rag.requests // rag.together * sides, rag.requests * sides * prefill_s(rag.longest)))
     length = repetition.prefix_tokens + repetition.suffix_tokens
@@ -324,6 +334,19 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
         )
     )
     return found
+
+
+def vllm_memory_bytes(profile: Profile, sides: Sequence[str]) -> int:
+    """Returns about how much memory vLLM's sides need while all of them live; the slowed-down one comes late."""
+    total = 0
+    for side in sides:
+        if side == THROTTLED:
+            continue
+        # Weights are about as large as the pools of these profiles.
+        total += _VLLM_BYTES + 2 * profile.kv_bytes
+        total += profile.dram_tier_bytes if side in (NATIVE, LMCACHE_FS, LMCACHE_MEMKV) else 0
+        total += _LMCACHE_SERVER_BYTES if side in (LMCACHE_FS, LMCACHE_MEMKV) else 0
+    return total
 
 
 def estimate_sglang(profile: Profile, sides: int) -> list[Estimate]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import judge
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, RAG, REPETITION
+from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, RAG, REPETITION, RESUMED
 from benchmarks.compare.names import SGLANG_SIDES, THROTTLED, VLLM_SIDES
 from benchmarks.compare.record import batches_of
 
@@ -93,7 +93,7 @@ def _restores(axis: Any, stage: Mapping[str, Any] | None) -> None:
 
 
 def _rates(axis: Any, stage: Mapping[str, Any] | None) -> None:
-    title, workloads = "vLLM: throughput", (CONVERSATIONS, RAG, REPETITION)
+    title, workloads = "vLLM: throughput", (CONVERSATIONS, RESUMED, RAG, REPETITION)
     found = {
         side: [judge.throughput(stage["batches"], workload, side) for workload in workloads]
         for side in (VLLM_SIDES if stage else ())
@@ -106,7 +106,7 @@ def _rates(axis: Any, stage: Mapping[str, Any] | None) -> None:
     for number, (side, values) in enumerate(found.items()):
         at = np.arange(len(workloads)) + number * width
         axis.bar(at, [value or 0.0 for value in values], width, label=side, color=COLOURS[side])
-    labels = [workload.replace(" behind ", "\nbehind ") for workload in workloads]
+    labels = [workload.replace(" behind ", "\nbehind ").replace(" from ", "\nfrom ") for workload in workloads]
     axis.set_xticks(np.arange(len(workloads)) + 0.4 - width / 2, labels, fontsize=8)
     axis.set(title=title, ylabel="prompt and answer tokens / s")
     axis.grid(alpha=0.3, axis="y")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import judge
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION
+from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION, RESUMED
 from benchmarks.compare.names import (
     FILE,
     HICACHE,
@@ -138,7 +138,7 @@ def losses(stage: str, batches: Sequence[Batch]) -> list[list[str]]:
     """Returns every workload and measure at which another side was better than ours, whatever the noise."""
     rows = []
     for side, others in OPPONENTS[stage].items():
-        for workload in (DOCUMENTS, CONVERSATIONS, RAG, REPETITION):
+        for workload in (DOCUMENTS, CONVERSATIONS, RESUMED, RAG, REPETITION):
             for measure, numbers, more_is_better in MEASURES:
                 for other in others:
                     rows += _loss(batches, workload, measure, numbers, side, other, more_is_better)
@@ -306,7 +306,7 @@ def _stage(stage: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list
     if name == "vllm":
         for length in sorted(set(stage["profile"]["documents"]["lengths"])):
             parts += _documents(stage, length, sides)
-    for workload in (CONVERSATIONS, RAG, REPETITION):
+    for workload in (CONVERSATIONS, RESUMED, RAG, REPETITION):
         parts += _workload(batches, workload, sides)
     parts += _hits(cells, sides)
     parts += ["### Memory and what is stored", _memory(stage, sides)]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_dtype, harness
-from benchmarks.compare.driver import RAG, REPETITION, Clock, Driver, Say
+from benchmarks.compare.driver import RAG, REPETITION, RESUMED, Clock, Driver, Say
 from benchmarks.compare.names import (
     LMCACHE_FS,
     LMCACHE_MEMKV,
@@ -219,6 +219,8 @@ def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) 
     driver.forget_all()
     say("conversations")
     driver.conversations(profile.conversations, corpus, cold=False)
+    say(RESUMED)
+    driver.resume(profile.conversations, corpus)
     driver.forget_all()
     say(RAG)
     one = profile.rag

@@ -74,7 +74,7 @@ class Leftovers:
         return list(self._batch)
 
     def answered(self, shed: Collection[SentChunk]) -> None:
-        """The batch is through, but for what was shed once more: the next one waits the longer the less room there is."""
+        """The batch is through, but for what was shed once more; pauses grow while nothing of it finds room."""
         again = [(until, sent) for sent, until in self._batch.items() if sent in shed]
         self._pause_s = (
             min(2 * self._pause_s, LEFTOVER_PAUSE_MAX_S) if len(again) == len(self._batch) else LEFTOVER_PAUSE_S

@@ -157,6 +157,19 @@ def test_throughput_is_held_against_no_cache(ours: float, status: str) -> None:
     assert judge.judge_throughput(batches, CONVERSATIONS, MEMKV, [NO_CACHE], 1.5, "x").status == status
 
 
+def test_what_does_not_fit_into_memory_is_told_before_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = plan.in_dtype(plan.DEFAULT, "float32")
+    runs = compare.runs_of(wide, ["vllm", "sglang"])
+    # Measured: 19.3 GiB in bfloat16 and 25.8 GiB in float32.
+    assert 18 < plan.vllm_memory_bytes(plan.DEFAULT, VLLM_SIDES) / 2**30 < 21
+    assert 23 < plan.vllm_memory_bytes(wide, VLLM_SIDES) / 2**30 < 27
+    compare.warn_of_memory(runs, 20 << 30)
+    assert "vllm needs about 2" in (told := capsys.readouterr().err) and "--sides" in told and "sglang" not in told
+    compare.warn_of_memory(runs, 64 << 30)
+    compare.warn_of_memory(compare.runs_of(wide, ["vllm"], [MEMKV, NO_CACHE]), 20 << 30)
+    assert capsys.readouterr().err == ""
+
+
 def test_throughput_is_held_against_the_best_peer_and_says_who_is_missing() -> None:
     batches = talks({MEMKV: 1.0, NATIVE: 0.9, PREFIX_CACHE: 2.0})
     one = judge.judge_throughput(batches, CONVERSATIONS, MEMKV, [PREFIX_CACHE, NATIVE, LMCACHE_FS], 1.0, "x")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compare import plan, side
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, Clock, Driver
+from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, RESUMED, Clock, Driver
 from benchmarks.compare.record import Record, batches_of
 from benchmarks.compare.side import Reply, Result, Side, SideFailed
 
@@ -95,6 +95,7 @@ def run_all(sides: Sequence[FakeSide], path: Path, minutes: float = 1.0) -> dict
     driver.documents_again(documents, DOCUMENTS_PLAN, 1, driver.asked_for_documents())
     driver.forget_all()
     driver.conversations(TALK, corpus, cold=True)
+    driver.resume(TALK, corpus)
     driver.requests(RAG, [corpus.take(5) for _ in range(5)], 2, 2)
     driver.finish()
     body: dict[str, Any] = json.loads(path.read_text())
@@ -127,6 +128,25 @@ def test_a_side_may_leave_documents_out(tmp_path: Path) -> None:
     body = run_all(sides, tmp_path / "record.json")
     asked = {one.name: {b["workload"] for b in batches_of(body["batches"], side=one.name)} for one in sides}
     assert asked["a"] - asked["talks"] == {DOCUMENTS} and CONVERSATIONS in asked["talks"]
+
+
+def test_conversations_are_resumed_by_sides_that_store_with_nothing_in_memory(tmp_path: Path) -> None:
+    sides = [FakeSide("a", tmp_path), FakeSide("b", None)]
+    body = run_all(sides, tmp_path / "record.json")
+    resumed = list(batches_of(body["batches"], workload=RESUMED))
+    assert {batch["side"] for batch in resumed} == {"a"}
+    assert [batch["unit"] for batch in resumed] == [
+        batch["unit"] for batch in batches_of(body["batches"], workload=CONVERSATIONS, side="a", step="turn 3")
+    ]
+    prompts = [prompts for prompts in sides[0].asked if len(prompts) == 2]
+    # Lengths tell turns apart; the first of each is that of the first conversation.
+    before, longest = sorted({len(prompt[0]) for prompt in prompts})[-2:]
+    last = next(prompt for prompt in prompts if len(prompt[0]) == before)
+    more = next(prompt for prompt in prompts if len(prompt[0]) == longest)
+    assert more[0][: len(last[0])] == last[0]
+    assert len(more[0]) == len(last[0]) + TALK.answer_tokens + TALK.user_tokens
+    emptied = [one.forgot for one in sides]
+    assert min(emptied) >= 2, "once before conversations begin, once before they are resumed"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION
+from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION, RESUMED
 from benchmarks.compare.judge import MET, MISSED, UNDECIDED
 from benchmarks.compare.names import MEMKV, NATIVE, PREFIX_CACHE
 from benchmarks.compare.plan import TINY
@@ -71,7 +71,8 @@ def test_every_side_was_asked_for_everything(compared: tuple[Path, dict[str, Any
     assert {name: side["status"] for name, side in stage["sides"].items()} == dict.fromkeys(SIDES, "ok")
     for side in SIDES:
         asked = batches(body, side=side)
-        assert {visit["workload"] for visit in asked} == {DOCUMENTS, CONVERSATIONS, RAG, REPETITION}
+        stores = {RESUMED} if side in (NATIVE, MEMKV) else set()
+        assert {visit["workload"] for visit in asked} == {DOCUMENTS, CONVERSATIONS, RAG, REPETITION} | stores
         assert len(batches(body, side=side, step=FIRST)) == len(TINY.documents.lengths)
         assert len(batches(body, side=side, workload=CONVERSATIONS)) == 2 * TINY.conversations.turns
     assert not list((folder / "tiers").iterdir()), "what the sides stored was left behind"
@@ -89,6 +90,9 @@ def test_the_figures_fit_together(compared: tuple[Path, dict[str, Any]]) -> None
         again = batches(body, side=side, step=AGAIN)
         assert sum(visit["hits"]["connector"] for visit in again) > 0.9 * prompt_tokens(again)
         assert all(visit["usage"]["read_bytes"] > 0 for visit in again), "they did not come from the device"
+        resumed = batches(body, side=side, workload=RESUMED)
+        assert sum(visit["hits"]["connector"] for visit in resumed) > 0.5 * prompt_tokens(resumed)
+        assert all(visit["usage"]["read_bytes"] > 0 for visit in resumed), "they were in memory"
         local = batches(body, side=side, step=LOCAL)
         assert sum(visit["hits"]["prefix cache"] for visit in local) > 0.9 * prompt_tokens(local)
         told = body["stages"]["vllm"]["sides"][side]
@@ -102,7 +106,7 @@ def test_the_figures_fit_together(compared: tuple[Path, dict[str, Any]]) -> None
 def test_the_judgements_and_the_page_are_there(compared: tuple[Path, dict[str, Any]]) -> None:
     folder, body = compared
     assert {one["status"] for one in body["judgements"]} <= {MET, MISSED, UNDECIDED}
-    assert sum(one["required"] for one in body["judgements"]) == 9
+    assert sum(one["required"] for one in body["judgements"]) == 10
     assert {cell["side"] for cell in body["cells"]} == {MEMKV}
     text = (folder / "RESULTS.md").read_text()
     assert all(side in text for side in SIDES)

@@ -9,7 +9,6 @@ import copy
 import importlib
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -35,6 +34,7 @@ from vllm.platforms import current_platform
 
 from tests.engines.vllm import damage
 from tests.engines.vllm.contention import Contention, Recomputation
+from tests.engines.vllm.sabotage import Sabotage
 from tests.faults.control import FAULTS, Injector, throttle
 
 ENGINE = {
@@ -64,7 +64,7 @@ NUDGE = [3, 5, 7]
 Report = dict[str, Any]
 
 
-class Player:
+class Player(Sabotage):
     """Plays steps; each public method is one. What a step returns is what it reports."""
 
     def __init__(self) -> None:
@@ -241,20 +241,6 @@ class Player:
         """Hold all that was stored against a computation of the same tokens; see `contention.py`."""
         return Recomputation(self._engine).compare(Path(tier), Path(trace))
 
-    def unfence(self) -> None:
-        """From now on no step waits for pages that are being copied out: the control that shows what it is for."""
-        from memkv_engines.offload.client import IoClient
-
-        IoClient.fence = lambda _: True
-
-    def scarce(self, share: float) -> None:
-        """From now on such a share of gathers finds no staging; only with threads of the engine for I/O."""
-        from memkv_engines.offload.staging import StagingPool
-
-        acquire, chance = StagingPool.try_acquire, random.Random(1)
-        # Loads wait for a slot (`acquire`); only stores try.
-        StagingPool.try_acquire = lambda pool: None if chance.random() < share else acquire(pool)
-
     def settle(self) -> Report:
         """Step the engine until every store has been answered."""
         before = self._counted()
@@ -396,12 +382,6 @@ class Player:
         self._until(back, "the I/O service")
         self._nudge()
         return {"counted": self._since(before)}
-
-    def believe_everything(self) -> None:
-        """Switch verification off (threads of this process only): the control that shows what it is for."""
-        from memkv_engines.offload import loading
-
-        loading.verify_blocks = lambda *_: None
 
     def call(
         self, target: str, config: dict[str, Any], version: str | None = None, environment: dict[str, str] | None = None
