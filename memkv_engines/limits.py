@@ -93,7 +93,7 @@ MAX_MESSAGE_BYTES = 64 * MIB
 MAX_PENDING_STORE_CHUNKS = 4096
 LEFTOVER_S = 10.0
 """How long a shed chunk of a request that has ended waits for staging; an idle engine steps for it meanwhile."""
-LEFTOVER_BATCH_CHUNKS = 64
+LEFTOVER_BATCH_CHUNKS = 16
 LEFTOVER_PAUSE_S = 0.005
 """Before chunks that were shed once more are offered again; doubles while none of them finds room."""
 LEFTOVER_PAUSE_MAX_S = 0.5

@@ -21,6 +21,10 @@ _VLLM_BYTES, _LMCACHE_SERVER_BYTES = 17 << 27, 3 << 27
 _SGLANG_START_S = 35.0
 _SGLANG_REQUEST_S = 0.6
 
+# Where restores are compared, a hit leaves one token to compute: more of them would only blur what restoring costs. One
+# behind a block of vLLM's (128 tokens) and of LMCache's (256), so that both have the same hit.
+LONGEST, LONGEST_OF_LONG = 31 * 256 + 1, 62 * 256 + 1
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -159,7 +163,7 @@ DEFAULT = Profile(
     kv_bytes=224 << 20,
     max_model_len=8192,
     # 16 pairs of the longest.
-    documents=Documents(lengths=(1000, 2000, 4000, 8000, 8000), answer_tokens=4, restores=8, gate_rounds=3),
+    documents=Documents(lengths=(1000, 2000, 4000, LONGEST, LONGEST), answer_tokens=4, restores=8, gate_rounds=3),
     # Two at a time are a unit of what is judged: 16 units.
     conversations=Conversations(
         count=8, together=2, turns=4, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=4
@@ -187,7 +191,10 @@ FULL = replace(
     DEFAULT,
     name="full",
     documents=Documents(
-        lengths=(1000, 1000, 2000, 2000, 4000, 4000, 8000, 8000, 8000), answer_tokens=4, restores=12, gate_rounds=10
+        lengths=(1000, 1000, 2000, 2000, 4000, 4000, LONGEST, LONGEST, LONGEST),
+        answer_tokens=4,
+        restores=12,
+        gate_rounds=10,
     ),
     conversations=replace(DEFAULT.conversations, document_tokens=3000),
     rag=replace(DEFAULT.rag, requests=18, passages=8),
@@ -205,7 +212,7 @@ LONG = replace(
     model=RANDOM_335M,
     kv_bytes=850 << 20,
     max_model_len=16_640,
-    documents=Documents(lengths=(8000, 16_000), answer_tokens=4, restores=5, gate_rounds=4),
+    documents=Documents(lengths=(LONGEST, LONGEST_OF_LONG), answer_tokens=4, restores=5, gate_rounds=4),
     vllm_minutes=60.0,
     dram_tier_bytes=1 << 30,
     # What fits into 23 GiB.

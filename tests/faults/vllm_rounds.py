@@ -30,6 +30,8 @@ PROBE_TIMEOUT_S, LOAD_TIMEOUT_S, FENCE_TIMEOUT_S = 1.0, 1.5, 0.5
 # What the connector may make a request wait for, and what a busy machine needs to answer it.
 DEADLINE_S = PROBE_TIMEOUT_S + LOAD_TIMEOUT_S + FENCE_TIMEOUT_S + 10.0
 BEHIND_S = 0.3
+# A load that is late on a busy machine is recomputed, with or without verification.
+CONTROL_TRIES = 3
 SETTINGS = {
     "probe_timeout_ms": int(PROBE_TIMEOUT_S * 1000),
     "load_timeout_ms": int(LOAD_TIMEOUT_S * 1000),
@@ -70,8 +72,9 @@ def steps_of(
     armed = {"control": str(injector.control), "fault": "misdirected read", "seed": seed, "per_1024": 1024}
     steps += [{"do": "environment", "variables": injector.environment(verified=False)}]
     steps += [start(MODEL, tier / "kv", **SETTINGS, store=False), {"do": "arm", **armed}]
-    steps += [ask("control", [every[-1][0]]), {"do": "disarm", "name": "control injected"}]
-    return steps
+    for number in range(CONTROL_TRIES):
+        steps += [ask(f"control {number}", [every[-1][0]]), reset()]
+    return [*steps, {"do": "disarm", "name": "control injected"}]
 
 
 def rows_of(reports: Reports, plan: Sequence[tuple[str, int]]) -> list[Row]:
@@ -95,7 +98,9 @@ def rows_of(reports: Reports, plan: Sequence[tuple[str, int]]) -> list[Row]:
         rows.append(row)
     control = Row(CONTROL, "vllm", rounds=1, deadline_s=DEADLINE_S)
     control.injected = reports["control injected"]["injected"]
-    control.wrong_tokens = int(reports["control"]["tokens"][0] != cold[2 * len(plan)])
+    tries = [reports[f"control {number}"] for number in range(CONTROL_TRIES)]
+    control.wrong_tokens = sum(tried["tokens"][0] != cold[2 * len(plan)] for tried in tries)
+    control.note = f"counted {[tried['counted'] for tried in tries]}"
     return [*rows, control]
 
 
