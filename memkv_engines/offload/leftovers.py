@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from memkv_engines.limits import (
     LEFTOVER_BATCH_CHUNKS,
@@ -63,8 +64,9 @@ class Leftovers:
     def take(self, holds: Holds) -> list[SentChunk]:
         """The next batch, to be followed by ``answered``. Chunks whose pages hold something else are given up."""
         now = self._clock()
-        if self._batch or now < self._not_before:
+        if any(now < until for until in self._batch.values()) or now < self._not_before:
             return []
+        self._batch.clear()  # an answer that is so late is not waited for
         while self._waiting and len(self._batch) < LEFTOVER_BATCH_CHUNKS:
             until, sent = self._waiting.popleft()
             if now < until and holds(sent.group, sent.hashes[sent.holes :], sent.block_ids[sent.holes :]):
@@ -76,9 +78,8 @@ class Leftovers:
     def answered(self, shed: Collection[SentChunk]) -> None:
         """The batch is through, but for what was shed once more; pauses grow while nothing of it finds room."""
         again = [(until, sent) for sent, until in self._batch.items() if sent in shed]
-        self._pause_s = (
-            min(2 * self._pause_s, LEFTOVER_PAUSE_MAX_S) if len(again) == len(self._batch) else LEFTOVER_PAUSE_S
-        )
+        found_room = len(again) < len(self._batch)
+        self._pause_s = LEFTOVER_PAUSE_S if found_room else min(2 * self._pause_s, LEFTOVER_PAUSE_MAX_S)
         self._not_before = self._clock() + (self._pause_s if again else 0.0)
         self._waiting.extendleft(reversed(again))
         self._batch.clear()
@@ -87,7 +88,7 @@ class Leftovers:
     def pending(self) -> bool:
         """Whether something waits, or is under way, that is worth another step of an idle engine."""
         now = self._clock()
-        return any(now < until for until in (*self._batch.values(), *(until for until, _ in self._waiting)))
+        return any(now < until for until in chain(self._batch.values(), (until for until, _ in self._waiting)))
 
     def take_lost(self) -> int:
         """How many were given up since the last call."""

@@ -174,6 +174,19 @@ def test_a_live_request_that_was_shed_too_often_leaves_its_chunk_behind() -> Non
     assert blocks_of(desk.left()) == [hashes]
 
 
+def test_an_answer_that_never_comes_keeps_nobody_waiting() -> None:
+    desk = Ended()
+    for plan in desk.run(chain(N)):
+        desk.done(plan, "shed")
+    unanswered = desk.left()
+    desk.clock.now += LEFTOVER_S
+    for plan in desk.run(chain(N, "later"), "s"):
+        desk.done(plan, "shed")
+    assert blocks_of(desk.left()) == [chain(N, "later")]
+    desk.done(unanswered, "shed")
+    assert desk.planner.awaits_results
+
+
 def test_a_reset_forgets_them() -> None:
     desk = Ended()
     for plan in desk.run(chain(2 * N)):
