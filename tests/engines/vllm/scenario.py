@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ TIMEOUT_S = 200
 # For scenarios of minutes, on a machine that is busy with others.
 LONG_TIMEOUT_S = 900
 IMPORT_TIMEOUT_S = 600
+_FIRST = threading.Lock()
 AT_ONCE = 2
 MIB = 1 << 20
 MAX_TOKENS = 12
@@ -138,9 +140,15 @@ class Engines:
         return reports
 
 
-@functools.cache
 def engines() -> Engines:
     """The process that engine processes are forked from."""
+    # `cache` alone lets two threads that ask first both start one.
+    with _FIRST:
+        return _engines()
+
+
+@functools.cache
+def _engines() -> Engines:
     return Engines()
 
 
