@@ -97,7 +97,11 @@ class IoConfig:
     io_threads: int = _key(
         8, "chunks written at a time, one thread each; half as many are read at a time", low=1, high=MAX_IO_THREADS
     )
-    staging_bytes: int = _key(256 * MIB, "staging memory per worker, half for loads, half for stores", low=8 * MIB)
+    staging_bytes: int = _key(
+        256 * MIB,
+        "staging memory per worker: for loads 2 chunks per io_threads, half of it at most; the rest for stores",
+        low=8 * MIB,
+    )
     load_timeout_ms: int = _key(30_000, "a load older than this is abandoned and recomputed", low=10)
     fence_timeout_ms: int = _key(2_000, "longest wait of a step for gathers before the stores are dropped", low=10)
 

@@ -272,9 +272,7 @@ class Driver:
         self.forget_all()
         for number, histories in enumerate(self._talks, 1):
             messages = [corpus.take(plan.user_tokens) for _ in range(plan.count)]
-            for first in range(0, plan.count, plan.together):
-                group = range(first, min(first + plan.together, plan.count))
-                unit = f"{number}.{first // plan.together + 1}"
+            for unit, group in _groups(plan, number):
                 for name in self.order(names):
                     asked = [histories[name][talk] + messages[talk] for talk in group]
                     labels = {"step": "next turn", "unit": unit, "length": len(asked[0]), "round": number}
@@ -288,15 +286,13 @@ class Driver:
                 for name in list(self._sides):
                     with self._or_out(name, "dropping its files from the page cache"):
                         self._sides[name].cool()
-            for first in range(0, plan.count, plan.together):
-                group = range(first, min(first + plan.together, plan.count))
-                unit = f"{number}.{first // plan.together + 1}"
+            for unit, group in _groups(plan, number):
                 for name in self.order(self.visited_first()):
                     history = histories[name]
                     if turn > 1:
                         for talk in group:
                             history[talk] += talks[talk].messages[turn - 2]
-                    labels = {"step": f"turn {turn}", "unit": unit, "length": len(history[first]), "round": number}
+                    labels = {"step": f"turn {turn}", "unit": unit, "length": len(history[group[0]]), "round": number}
                     asked = [history[talk] for talk in group]
                     result = self.visit(name, asked, plan.answer_tokens, workload=CONVERSATIONS, **labels)
                     if result:
@@ -324,3 +320,9 @@ class Driver:
         }
         times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in found.items())
         self._say(f"    {workload}, {unit}, {step}, round {number}: {times} s")
+
+
+def _groups(plan: plans.Conversations, number: int) -> Iterator[tuple[str, range]]:
+    """Yields the conversations of a round that are asked at the same time, and what they are called together."""
+    for first in range(0, plan.count, plan.together):
+        yield f"{number}.{first // plan.together + 1}", range(first, min(first + plan.together, plan.count))

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from memkv_engines.doors.stack import locals_up_the_stack
 from memkv_engines.errors import IdentityError
 from memkv_engines.keys import JsonValue
 
 PREFIX_KEYS = "hicache_storage_pass_prefix_keys"
-
-
-def _locals_up_the_stack(depth: int) -> Iterator[dict[str, Any]]:
-    """Local variables of the callers of who iterates, the nearest first; depth as for ``sys._getframe`` there."""
-    frame: FrameType | None = sys._getframe(depth + 1)
-    while frame is not None:
-        yield frame.f_locals
-        frame = frame.f_back
 
 
 def passes_prefix_keys(depth: int = 2) -> bool | None:
@@ -33,7 +24,7 @@ def passes_prefix_keys(depth: int = 2) -> bool | None:
     Returns:
         None where nobody up the stack knows.
     """
-    for found in _locals_up_the_stack(depth):
+    for found in locals_up_the_stack(depth):
         if PREFIX_KEYS in found:
             return bool(found[PREFIX_KEYS])
     return None
@@ -41,7 +32,7 @@ def passes_prefix_keys(depth: int = 2) -> bool | None:
 
 def scheduler(depth: int = 2) -> Any | None:
     """This process's scheduler: backends are handed neither it nor a model, but it is up the stack that makes them."""
-    for found in _locals_up_the_stack(depth):
+    for found in locals_up_the_stack(depth):
         for name in ("self", "scheduler"):
             worker = getattr(found.get(name), "tp_worker", None)
             if worker is not None and getattr(worker, "model_runner", None) is not None:
@@ -77,7 +68,7 @@ def wrap_method(
 
 def device_pool(depth: int = 2) -> Any | None:
     """The KV cache whose host pools a backend is made for: the controller that makes it has it."""
-    for found in _locals_up_the_stack(depth):
+    for found in locals_up_the_stack(depth):
         pool = getattr(found.get("self"), "mem_pool_device", None)
         if pool is not None:
             return pool
@@ -112,7 +103,7 @@ def model_runner(depth: int = 2) -> Any | None:
 
 def prefetch_threshold(default: int, depth: int = 2) -> int:
     """Tokens below which the controller loads nothing: taken out of the extra config like the prefix keys' switch."""
-    for found in _locals_up_the_stack(depth):
+    for found in locals_up_the_stack(depth):
         for name in ("prefetch_threshold", "storage_prefetch_threshold"):
             value = found.get(name)
             if isinstance(value, int):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import vllm
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
 
+from memkv_engines.doors.stack import locals_up_the_stack
 from memkv_engines.errors import ConfigError, IdentityError, LayoutError
 
 TESTED_VERSIONS = ("0.32",)
@@ -106,12 +106,10 @@ def worker_model(depth: int = 1) -> Any | None:
     vLLM hands connectors no model. The hook is called by the worker's method of the same name, so the worker is the
     nearest ``self`` up the stack that has ``get_model``.
     """
-    frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
+    for found in locals_up_the_stack(depth):
+        owner = found.get("self")
         if owner is not None and callable(getattr(owner, "get_model", None)):
             return owner.get_model()
-        frame = frame.f_back
     return None
 
 
@@ -121,12 +119,10 @@ def deciding_transfer_config(vllm_config: Any, depth: int = 1) -> Any:
     ``MultiConnector`` gives each connector below it a copy; its own is in its constructor, up the stack while they are
     made.
     """
-    frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
-        outer = frame.f_locals.get("vllm_config")
-        if outer is not None and type(frame.f_locals.get("self")).__name__ == "MultiConnector":
+    for found in locals_up_the_stack(depth):
+        outer = found.get("vllm_config")
+        if outer is not None and type(found.get("self")).__name__ == "MultiConnector":
             return outer.kv_transfer_config
-        frame = frame.f_back
     return vllm_config.kv_transfer_config
 
 
@@ -199,7 +195,6 @@ def cached_pages(block_pool: Any) -> Callable[[int, Sequence[bytes], Sequence[in
     What the cache says after a step was scheduled is what the pages hold after that step: blocks are entered when the
     step that completes them is scheduled, and taken out when they are handed out again.
     """
-
     blocks = getattr(block_pool, "blocks", ())
 
     def holds(group: int, hashes: Sequence[bytes], block_ids: Sequence[int]) -> bool:

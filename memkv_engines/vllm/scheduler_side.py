@@ -20,6 +20,7 @@ from memkv_engines.offload.leftovers import Holds
 from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup, Run
 from memkv_engines.offload.messages import STOPPED, LoadRun, Manifest, ProbeDone, Setup
 from memkv_engines.offload.planning import StorePlanner
+from memkv_engines.offload.service import staging_slots
 from memkv_engines.vllm import compat
 from memkv_engines.vllm.gating import HitGate, Judged
 from memkv_engines.vllm.identity import build_namespace
@@ -128,6 +129,7 @@ class SchedulerSide:
         self._world_size = len(handshakes)
         lookup = self._config.lookup
         align = self._kv_cache_config.cache_hit_alignment_tokens or max(v.block_tokens for v in views)
+        chunk_bytes = [v.blocks_per_chunk * f.block_bytes for v, f in zip(views, handshakes[0].groups, strict=True)]
         self._lookup = PrefixLookup(
             views,
             align_tokens=align,
@@ -138,28 +140,27 @@ class SchedulerSide:
             send=self._client.submit_probe,
             counters=self.counters,
         )
-        self._planner = StorePlanner(views, self._lookup, room_chunks=self._room_chunks(handshakes[0], views))
+        self._planner = StorePlanner(views, self._lookup, room_chunks=self._room_chunks(chunk_bytes))
         enabled = self._config.policy.cost_gate == "on"
         self._gate = HitGate(enabled=enabled, counters=self.counters, handshakes=handshakes, align_tokens=align)
         self._views = views
         self._groups = [v.group for v in views]
         self._ratios = [v.block_tokens // self._hash_tokens for v in views]
         self._adopt(namespace)
-        for view, fact in zip(views, handshakes[0].groups, strict=True):
-            chunk_bytes = view.blocks_per_chunk * fact.block_bytes
+        for view, nbytes in zip(views, chunk_bytes, strict=True):
             log.info(
                 "group %d: chunk = %d blocks of %d tokens = %.2f MiB per rank%s",
                 view.group,
                 view.blocks_per_chunk,
                 view.block_tokens,
-                chunk_bytes / 2**20,
+                nbytes / 2**20,
                 f", sliding window of {view.window_tokens} tokens" if view.window_tokens else "",
             )
 
-    def _room_chunks(self, handshake: Handshake, views: list[GroupView]) -> int:
-        """About how many chunks of the largest kind the workers' staging for stores holds."""
-        largest = max(v.blocks_per_chunk * f.block_bytes for v, f in zip(views, handshake.groups, strict=True))
-        return max(1, self._config.io.staging_bytes // 2 // largest)
+    def _room_chunks(self, chunk_bytes: Sequence[int]) -> int:
+        """About how many chunks of the largest kind a worker's staging for stores holds."""
+        io = self._config.io
+        return staging_slots(io.staging_bytes, max(chunk_bytes), io.io_threads)[1]
 
     def bind_block_pool(self, block_pool: Any) -> None:
         """The engine's page pool: it knows which pages still hold what a request left behind."""
