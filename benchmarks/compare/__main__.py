@@ -1,6 +1,7 @@
 """Compares ours with its peers, in one command, on one machine, in one run.
 
-    make compare                              # about an hour; or: python -m benchmarks.compare
+    make compare                              # about an hour, two on a CPU that does not multiply bfloat16
+    python -m benchmarks.compare              # the same
     make compare ARGS="--profile full"        # an hour and three quarters: more rounds, longer prompts, a larger model
     make compare ARGS="--stages sglang"       # one engine only
     make compare ARGS="--minutes 30"          # fewer rounds: intervals get wider
@@ -70,20 +71,40 @@ class Run:
         return plan.estimate_vllm(self.profile, len(asked), len(storing))
 
 
-def runs_of(profile: Profile, stages: Sequence[str], wanted: Sequence[str] | None = None) -> list[Run]:
-    """Returns what is run, in order; `wanted` names the only sides that take part."""
+def runs_of(
+    profile: Profile, stages: Sequence[str], wanted: Sequence[str] | None = None, memory_bytes: int | None = None
+) -> list[Run]:
+    """Returns what is run, in order.
+
+    Args:
+        profile: What is asked for.
+        stages: Whose contestants.
+        wanted: The only sides that take part; all by default, in two runs where memory does not hold them.
+        memory_bytes: What there is; None for enough.
+    """
     found = []
     for stage in stages:
-        for one in (
-            profile,
-            *(plan.in_dtype(PROFILES[name], profile.dtype) for name in profile.then if stage == "vllm"),
-        ):
-            sides = tuple(
-                name for name in (one.vllm_sides if stage == "vllm" else SGLANG_SIDES) if not wanted or name in wanted
-            )
-            if sides and not (stage == "sglang" and one.only_documents):
-                found.append(Run(stage if one is profile else f"{stage}, {one.name}", stage, one, sides))
-    return found
+        if stage == "sglang":
+            found.append(Run(stage, stage, profile, _among(SGLANG_SIDES, wanted)))
+            continue
+        first = Run(stage, stage, profile, _among(profile.vllm_sides, wanted))
+        then = profile.then
+        if profile.apart and not wanted and memory_bytes is not None and memory_needed(first) > memory_bytes:
+            first = replace(first, sides=tuple(name for name in first.sides if name not in plan.APART))
+            then = (profile.apart, *then)
+        found.append(first)
+        for one in (plan.in_dtype(PROFILES[name], profile.dtype) for name in then):
+            found.append(Run(f"{stage}, {one.name}", stage, one, _among(one.vllm_sides, wanted)))
+    return [run for run in found if run.sides]
+
+
+def _among(sides: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(name for name in sides if not wanted or name in wanted)
+
+
+def memory_needed(run: Run) -> int:
+    """Returns about how many bytes of memory a run needs; SGLang's few sides fit everywhere."""
+    return plan.vllm_memory_bytes(run.profile, run.sides) if run.stage == "vllm" else 0
 
 
 def show_plan(profile: Profile, runs: Sequence[Run]) -> None:
@@ -104,10 +125,9 @@ def show_plan(profile: Profile, runs: Sequence[Run]) -> None:
 def warn_of_memory(runs: Sequence[Run], available_bytes: int) -> None:
     """Says which runs need more memory than there is: the kernel would end an engine in the middle of them."""
     for run in runs:
-        needed = plan.vllm_memory_bytes(run.profile, run.sides) if run.stage == "vllm" else 0
-        if needed > available_bytes:
+        if memory_needed(run) > available_bytes:
             print(
-                f"WARNING: {run.name} needs about {needed / 2**30:.0f} GiB of memory, and "
+                f"WARNING: {run.name} needs about {memory_needed(run) / 2**30:.0f} GiB of memory, and "
                 f"{available_bytes / 2**30:.0f} GiB are free: leave some sides out with --sides",
                 file=sys.stderr,
                 flush=True,
@@ -166,6 +186,7 @@ def failed_stage(run: Run, why: str) -> dict[str, Any]:
     sides = {name: {"what": "", "status": "failed", "error": why} for name in run.sides}
     return {
         "stage": run.stage,
+        "asked": list(run.sides),
         "profile": asdict(run.profile),
         "environment": {"versions": {}},
         "complete": False,
@@ -282,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile = plan.in_dtype(PROFILES[parsed.profile], parsed.dtype)
     if parsed.minutes is not None:
         profile = replace(profile, vllm_minutes=parsed.minutes)
-    runs = runs_of(profile, parsed.stages, parsed.sides)
+    runs = runs_of(profile, parsed.stages, parsed.sides, harness.available_memory_bytes())
     show_plan(profile, runs)
     if parsed.plan:
         return 0

@@ -287,7 +287,7 @@ class Driver:
                     with self._or_out(name, "dropping its files from the page cache"):
                         self._sides[name].cool()
             for unit, group in _groups(plan, number):
-                for name in self.order(self.visited_first()):
+                for name in self.order(self._talking(plan, number)):
                     history = histories[name]
                     if turn > 1:
                         for talk in group:
@@ -300,6 +300,10 @@ class Driver:
                             history[talk] += reply.tokens
                 self._tell(CONVERSATIONS, f"turn {turn}", unit, number)
         self._talks.append(histories)
+
+    def _talking(self, plan: plans.Conversations, number: int) -> list[str]:
+        names = self.visited_first()
+        return names if number <= plan.recomputed_rounds else [name for name in names if self._sides[name].stores]
 
     def requests(self, workload: str, prompts: Sequence[Sequence[int]], together: int, answer_tokens: int) -> None:
         """Prompts in groups, one group after the other."""

@@ -7,7 +7,7 @@ measured side by side, so that what disturbed all sides alike cancels. The inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,7 +154,32 @@ def judge_restore(
     batches: Sequence[Batch], raw_reads: Sequence[Mapping[str, Any]], length: int, side: str = MEMKV
 ) -> Judgement:
     """Returns whether a restore costs at most half of either peer's, or 1.3 times the raw read of the same bytes."""
-    ours = restore_costs(batches, side, length)
+    return _judge_restore(
+        batches, raw_reads, length, restore_costs(batches, side, length), f"{side}: restoring {length} tokens costs"
+    )
+
+
+def judge_load(
+    batches: Sequence[Batch], raw_reads: Sequence[Mapping[str, Any]], length: int, side: str = MEMKV
+) -> Judgement:
+    """Returns the same by a side's own timer of its loads, without the engine's attention and its scatter."""
+    found = {
+        (batch["unit"], batch["round"]): float(batch["load_s"])
+        for batch in batches_of(batches, side=side, workload=DOCUMENTS, step=AGAIN, length=length)
+        if batch["load_s"] is not None and external_tokens(batch) >= MIN_HIT_SHARE * prompt_tokens(batch)
+    }
+    return _judge_restore(
+        batches, raw_reads, length, found, f"{side}: loading {length} tokens, by its own timer in the engine, takes"
+    )
+
+
+def _judge_restore(
+    batches: Sequence[Batch],
+    raw_reads: Sequence[Mapping[str, Any]],
+    length: int,
+    ours: Mapping[tuple[str, int], float],
+    what: str,
+) -> Judgement:
     raw = {(one["unit"], one["round"]): float(one["seconds"]) for one in raw_reads}
     peers = {name: restore_costs(batches, name, length) for name in (NATIVE, LMCACHE_FS)}
     there = {name: costs for name, costs in peers.items() if costs}
@@ -169,8 +194,8 @@ def judge_restore(
     missing = [name for name in peers if name not in there]
     note = f"no restores by {', '.join(missing)} to compare with" if missing else ""
     return judged(
-        f"{side}: restoring {length} tokens costs at most the larger of half of vLLM's native fs and LMCache's fs, and "
-        "1.3 x the raw read (cost / limit)",
+        f"{what} at most the larger of half of vLLM's native fs and LMCache's fs, and 1.3 x the raw read "
+        "(seconds / limit)",
         len(keys),
         over_limit,
         1.0,
@@ -360,7 +385,7 @@ def judge_hits(cells: Sequence[Cell], side: str, wanted: Sequence[str], noise: f
         cells: All cells.
         side: Whose.
         wanted: What must have been measured.
-        noise: What two recomputing sides differ by.
+        noise: What two recomputing sides differ by; None where that was not measured, and the cells allow for none.
     """
     found = {cell.what: cell for cell in cells if cell.side == side}
     missing = [what for what in wanted if what not in found]
@@ -374,8 +399,8 @@ def judge_hits(cells: Sequence[Cell], side: str, wanted: Sequence[str], noise: f
     if open_:
         notes.append(f"open: {', '.join(open_)}")
     if noise is None:
-        notes.append("noise was not measured")
-    status = MISSED if slower else UNDECIDED if missing or open_ or noise is None or not found else MET
+        notes.append("noise was not measured, and none is allowed for")
+    status = MISSED if slower else UNDECIDED if missing or open_ or not found else MET
     worst = max(found.values(), key=lambda cell: cell.ratio or 0.0, default=None)
     return Judgement(
         f"{side}: no workload or length at which a hit is slower than recomputing by more than noise (worst ratio)",
@@ -383,7 +408,7 @@ def judge_hits(cells: Sequence[Cell], side: str, wanted: Sequence[str], noise: f
         worst.ratio if worst else None,
         worst.low if worst else None,
         worst.high if worst else None,
-        1.0 + (MAX_NOISE if noise is None else noise),
+        1.0 + (noise or 0.0),
         True,
         sum(cell.units for cell in found.values()),
         "; ".join(notes),
@@ -402,26 +427,31 @@ class Verdict:
     noise: float | None
 
 
-def judge_conversations(batches: Sequence[Batch]) -> list[Judgement]:
-    """Returns the judgements on conversations in vLLM: against no cache, and against the best peer."""
+def judge_conversations(batches: Sequence[Batch], asked: Collection[str]) -> list[Judgement]:
+    """Returns the judgements on conversations in vLLM: against no tier, and against the best peer."""
     promise = f"conversations that outgrow the KV pool run at least {THROUGHPUT_OVER_NO_CACHE} times as fast as without"
     over_no_cache = [
         judge_throughput(
-            batches, CONVERSATIONS, side, [NO_CACHE], THROUGHPUT_OVER_NO_CACHE, f"{side}: {promise} a cache"
+            batches, CONVERSATIONS, side, [NO_CACHE, PREFIX_CACHE], THROUGHPUT_OVER_NO_CACHE,
+            f"{side}: {promise} a cache, or with vLLM's own alone",
         )
-        for side in (MEMKV, MEMKV_CACHED)
-    ]
+        for side in (MEMKV, MEMKV_CACHED) if side in asked
+    ]  # fmt: skip
     # The peers have memory before their disk: with the page cache ours has, too. The promise is made for both.
     told = {
         MEMKV_CACHED: "they run at least as fast as with the best peer",
         MEMKV: "they run at least as fast, each time from the disk, as with the best peer from memory",
     }
-    peers = (PREFIX_CACHE, NATIVE, LMCACHE_FS)
+    peers = (NATIVE, LMCACHE_FS)
     over_peers = [
-        judge_throughput(batches, CONVERSATIONS, side, peers, 1.0, f"{side}: {text}") for side, text in told.items()
+        judge_throughput(batches, CONVERSATIONS, side, peers, 1.0, f"{side}: {text}")
+        for side, text in told.items()
+        if side in asked
     ]
+    if MEMKV not in asked:
+        return [*over_no_cache, *over_peers]
     resumed = judge_throughput(
-        batches, RESUMED, MEMKV, (NATIVE, LMCACHE_FS), 1.0,
+        batches, RESUMED, MEMKV, peers, 1.0,
         f"{MEMKV}: resumed when nothing is left in memory, they run at least as fast as with the best peer",
     )  # fmt: skip
     return [*over_no_cache, *over_peers, resumed]
@@ -430,24 +460,24 @@ def judge_conversations(batches: Sequence[Batch]) -> list[Judgement]:
 def judge_vllm(body: Mapping[str, Any]) -> Verdict:
     """Returns the judgements on vLLM's stage."""
     batches, documents = body["batches"], body["profile"]["documents"]
-    lengths = sorted(set(documents["lengths"]))
+    lengths, asked = sorted(set(documents["lengths"])), body["asked"]
     noise = noise_of(batches)
     # Recomputing with the same settings but for the connector comes first.
     cells = [
         cell
         for side in (MEMKV, MEMKV_CACHED, THROTTLED)
-        for cell in hit_cells(batches, side, (PREFIX_CACHE, NO_CACHE), MAX_NOISE if noise is None else noise)
+        for cell in hit_cells(batches, side, (PREFIX_CACHE, NO_CACHE), noise or 0.0)
     ]
     by_length = [f"{DOCUMENTS}, {length} tokens" for length in lengths]
     others = [] if body["profile"]["only_documents"] else [CONVERSATIONS]
-    judgements = [
-        judge_restore(batches, body["raw_reads"], lengths[-1]),
-        *(judge_conversations(batches) if others else []),
-        *judge_first_visit(batches),
-        judge_hits(cells, MEMKV, [*by_length, *others], noise),
-        *([judge_hits(cells, MEMKV_CACHED, others, noise)] if others else []),
-    ]
-    if THROTTLED in body["profile"]["vllm_sides"]:
+    judgements = judge_conversations(batches, asked) if others else []
+    if MEMKV in asked:
+        reads = body["raw_reads"]
+        judgements = [judge_restore(batches, reads, lengths[-1]), judge_load(batches, reads, lengths[-1]), *judgements]
+        judgements += [*judge_first_visit(batches), judge_hits(cells, MEMKV, [*by_length, *others], noise)]
+    if MEMKV_CACHED in asked and others:
+        judgements.append(judge_hits(cells, MEMKV_CACHED, others, noise))
+    if THROTTLED in asked:
         judgements.append(judge_hits(cells, THROTTLED, by_length, noise))
     return Verdict(tuple(judgements), tuple(cells), noise)
 
@@ -458,11 +488,7 @@ def judge_sglang(body: Mapping[str, Any]) -> Verdict:
     judgements: list[Judgement] = []
     # Only one side recomputes here, so that the noise is that of first visits with and without the hierarchical cache.
     noise = noise_of(batches, NO_STORAGE, FILE)
-    cells = [
-        cell
-        for side in (HICACHE, LINKER)
-        for cell in hit_cells(batches, side, (NO_STORAGE,), MAX_NOISE if noise is None else noise)
-    ]
+    cells = [cell for side in (HICACHE, LINKER) for cell in hit_cells(batches, side, (NO_STORAGE,), noise or 0.0)]
     for side in (HICACHE, LINKER):
         judgements += [
             judge_throughput(

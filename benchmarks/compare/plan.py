@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from benchmarks import cpu_dtype
-from benchmarks.compare.names import LMCACHE_FS, LMCACHE_MEMKV, MEMKV, NATIVE, PREFIX_CACHE, THROTTLED, VLLM_SIDES
+from benchmarks.compare.names import (
+    LMCACHE_FS,
+    LMCACHE_MEMKV,
+    MEMKV,
+    MEMKV_CACHED,
+    NATIVE,
+    NO_CACHE,
+    PREFIX_CACHE,
+    THROTTLED,
+    VLLM_SIDES,
+)
 
 RANDOM_335M = "random-335m"
 # Back of the envelope, two virtual cores, SmolLM2-135M in bfloat16: 0.9 s for 1,000 tokens and 13 s for 8,000.
 _SECONDS_PER_TOKEN = 0.8e-3
 _SECONDS_PER_TOKEN_SQUARED = 0.104e-6
+# In float32 on cores that have AVX2 only: 3.0 s and 67 s. So does everything that is mostly prefill.
+_FLOAT32_TIMES, _FLOAT32_STAGE_TIMES = 4.0, 1.6
 # A restored prompt, and what settling after every visit takes: vLLM polls for a second after its last message.
 _RESTORE_S = 0.5
 _SETTLE_S = 1.4
@@ -21,6 +34,11 @@ _VLLM_BYTES, _LMCACHE_SERVER_BYTES = 17 << 27, 3 << 27
 _SGLANG_START_S = 35.0
 _SGLANG_REQUEST_S = 0.6
 
+# Of ours the two that the others are judged without, so that they can be measured on their own.
+APART = (LMCACHE_MEMKV, MEMKV_CACHED)
+
+# Rounds of second visits that judgements cannot do without; the others wait until all workloads were run.
+NEEDED_ROUNDS = 2
 # Where restores are compared, a hit leaves one token to compute: more of them would only blur what restoring costs. One
 # behind a block of vLLM's (128 tokens) and of LMCache's (256), so that both have the same hit.
 LONGEST, LONGEST_OF_LONG = 31 * 256 + 1, 62 * 256 + 1
@@ -35,7 +53,7 @@ class Documents:
         answer_tokens: Tokens generated for each.
         restores: Second visits to the longest documents, the first included; only by sides that store.
         gate_rounds: Further second visits by `memkv`, the slowed-down `memkv` and a side that recomputes: in the first
-            round to all documents, then to all but the longest.
+            two rounds to all documents, then to all but the longest.
     """
 
     lengths: tuple[int, ...]
@@ -61,6 +79,8 @@ class Conversations:
         user_tokens: Length of each later message.
         answer_tokens: Tokens generated for each request.
         rounds: Repetitions with conversations of their own.
+        recomputed_rounds: In how many of them sides without a tier take part: what they recompute takes most of the
+            time, and they are told from the others in a few.
     """
 
     count: int
@@ -70,6 +90,7 @@ class Conversations:
     user_tokens: int
     answer_tokens: int
     rounds: int
+    recomputed_rounds: int = 2
 
     @property
     def longest(self) -> int:
@@ -128,6 +149,7 @@ class Profile:
         dram_tier_bytes: Memory of the tier that each peer in vLLM puts before its disk. Ours has none.
         staging_bytes: Memory through which ours passes.
         vllm_sides: Who takes part in vLLM's stage.
+        apart: The profile in which `APART` take part where memory does not hold all sides at the same time.
         only_documents: Leave out all workloads in vLLM but the documents.
         then: Further profiles that are run in vLLM after this one.
     """
@@ -150,6 +172,7 @@ class Profile:
     dram_tier_bytes: int = 512 << 20
     staging_bytes: int = 256 << 20
     vllm_sides: tuple[str, ...] = VLLM_SIDES
+    apart: str = ""
     only_documents: bool = False
     then: tuple[str, ...] = ()
 
@@ -163,7 +186,7 @@ DEFAULT = Profile(
     kv_bytes=224 << 20,
     max_model_len=8192,
     # 16 pairs of the longest.
-    documents=Documents(lengths=(1000, 2000, 4000, LONGEST, LONGEST), answer_tokens=4, restores=8, gate_rounds=3),
+    documents=Documents(lengths=(1000, 2000, 4000, LONGEST), answer_tokens=4, restores=16, gate_rounds=3),
     # Two at a time are a unit of what is judged: 16 units.
     conversations=Conversations(
         count=8, together=2, turns=4, document_tokens=1500, user_tokens=96, answer_tokens=16, rounds=4
@@ -186,6 +209,7 @@ DEFAULT = Profile(
     sglang_pool_tokens=32 * 64,
     vllm_minutes=50.0,
     sglang_minutes=5.0,
+    apart="other-sides",
 )
 FULL = replace(
     DEFAULT,
@@ -219,6 +243,16 @@ LONG = replace(
     vllm_sides=(PREFIX_CACHE, NATIVE, LMCACHE_FS, MEMKV),
     only_documents=True,
 )
+OTHER_SIDES = replace(
+    DEFAULT,
+    name="other-sides",
+    documents=Documents(lengths=(LONGEST,), answer_tokens=4, restores=4, gate_rounds=0),
+    conversations=replace(DEFAULT.conversations, recomputed_rounds=1),
+    vllm_minutes=15.0,
+    # `APART`, and whom they are held against.
+    vllm_sides=(NO_CACHE, NATIVE, *APART),
+    apart="",
+)
 TINY = Profile(
     name="tiny",
     model="smollm2",
@@ -249,14 +283,17 @@ TINY = Profile(
     sglang_minutes=10.0,
     light=True,
 )
-PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, LONG, TINY)}
+PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, LONG, OTHER_SIDES, TINY)}
 
 
 def in_dtype(profile: Profile, dtype: str) -> Profile:
-    """Returns a profile of `PROFILES` with pools for as many tokens in another dtype."""
+    """Returns a profile of `PROFILES` with pools for as many tokens in another dtype, and the time that takes."""
+    times = _FLOAT32_STAGE_TIMES if dtype == cpu_dtype.FLOAT32 and not profile.light else 1.0
     return replace(
         profile,
         dtype=dtype,
+        vllm_minutes=times * profile.vllm_minutes,
+        sglang_minutes=times * profile.sglang_minutes,
         kv_bytes=cpu_dtype.kv_bytes(profile.kv_bytes, dtype),
         dram_tier_bytes=cpu_dtype.kv_bytes(profile.dram_tier_bytes, dtype),
         staging_bytes=cpu_dtype.kv_bytes(profile.staging_bytes, dtype),
@@ -272,9 +309,10 @@ class Estimate:
     seconds: float
 
 
-def prefill_s(tokens: int) -> float:
+def prefill_s(profile: Profile, tokens: int) -> float:
     """Returns the seconds that computing a prompt with SmolLM2 takes, roughly."""
-    return _SECONDS_PER_TOKEN * tokens + _SECONDS_PER_TOKEN_SQUARED * tokens * tokens
+    times = _FLOAT32_TIMES if profile.dtype == cpu_dtype.FLOAT32 else 1.0
+    return times * (_SECONDS_PER_TOKEN * tokens + _SECONDS_PER_TOKEN_SQUARED * tokens * tokens)
 
 
 def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
@@ -285,11 +323,11 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
         sides: All sides but the slowed-down one.
         storing: Those of them that store.
     """
-    plan = profile.documents
-    pass_s = sum(prefill_s(length) for length in plan.lengths)
-    short_s = sum(prefill_s(length) for length in plan.lengths if length != plan.longest)
+    plan, prefill = profile.documents, partial(prefill_s, profile)
+    pass_s = sum(map(prefill, plan.lengths))
+    short_s = sum(prefill(length) for length in plan.lengths if length != plan.longest)
     documents, longest = len(plan.lengths), sum(length == plan.longest for length in plan.lengths)
-    recomputing = sides - storing
+    recomputing, whole = sides - storing, min(NEEDED_ROUNDS, plan.gate_rounds)
     found = [
         Estimate("engines start", sides + 1, _VLLM_START_S * (sides + 1)),
         _line("documents, first visits", documents * sides, pass_s * sides),
@@ -305,39 +343,39 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
         ),
         _line(
             "hits against recomputing, a fast and a slow tier",
-            3 * (documents + (plan.gate_rounds - 1) * (documents - longest)),
-            pass_s + (plan.gate_rounds - 1) * short_s + 4 * _RESTORE_S * plan.gate_rounds * documents,
+            3 * (documents * whole + (plan.gate_rounds - whole) * (documents - longest)),
+            pass_s * whole + (plan.gate_rounds - whole) * short_s + 4 * _RESTORE_S * plan.gate_rounds * documents,
         ),
     ]
     if profile.only_documents:
         return found
     talk = profile.conversations
     groups, later = talk.rounds * talk.count // talk.together, talk.turns - 1
-    talk_s = prefill_s(talk.longest)
+    talk_s, recomputed = prefill(talk.longest), min(talk.rounds, talk.recomputed_rounds)
+    turn_s = _RESTORE_S + prefill(talk.user_tokens)
     found.append(
         _line(
             "conversations",
-            groups * talk.turns * sides,
-            talk.rounds
-            * talk.count
-            * (talk_s * (sides + recomputing * later) + storing * later * (_RESTORE_S + prefill_s(talk.user_tokens))),
+            talk.turns * (groups * storing + recomputed * recomputing * talk.count // talk.together),
+            talk.count
+            * (talk.rounds * storing * (talk_s + later * turn_s) + recomputed * recomputing * talk.turns * talk_s),
         )
     )
     found.append(
         _line(
             "conversations resumed",
             groups * storing,
-            talk.rounds * talk.count * storing * (_RESTORE_S + prefill_s(talk.user_tokens)),
+            talk.rounds * talk.count * storing * turn_s,
         )
     )
     rag, repetition = profile.rag, profile.prefix_repetition
-    found.append(_line("RAG", rag.requests // rag.together * sides, rag.requests * sides * prefill_s(rag.longest)))
+    found.append(_line("RAG", rag.requests // rag.together * sides, rag.requests * sides * prefill(rag.longest)))
     length = repetition.prefix_tokens + repetition.suffix_tokens
     found.append(
         _line(
             "prefix repetition",
             repetition.prompts // repetition.together * sides,
-            repetition.prompts * sides * prefill_s(length),
+            repetition.prompts * sides * prefill(length),
         )
     )
     return found
@@ -360,7 +398,7 @@ def estimate_sglang(profile: Profile, sides: int) -> list[Estimate]:
     """Returns what SGLang's stage takes; one side of them stores nothing."""
     talk = profile.sglang
     visits = talk.rounds * talk.count * talk.turns * sides
-    computed = talk.rounds * talk.count * (sides + talk.turns - 1) * prefill_s(talk.longest)
+    computed = talk.rounds * talk.count * (sides + talk.turns - 1) * prefill_s(profile, talk.longest)
     return [
         Estimate("engines start", sides, _SGLANG_START_S * sides),
         Estimate("conversations", visits, computed + visits * _SGLANG_REQUEST_S),

@@ -77,6 +77,7 @@ class Record:
                 **labels,
                 "wall_s": result.wall_s,
                 "hits": dict(result.hits),
+                "load_s": result.load_s,
                 "usage": asdict(usage),
                 "requests": [
                     {"prompt_tokens": reply.prompt_tokens, "ttft_s": reply.ttft_s, "tokens": list(reply.tokens)}

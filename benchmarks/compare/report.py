@@ -369,6 +369,7 @@ def _workload(batches: Sequence[Batch], workload: str, sides: Sequence[str]) -> 
     rows = [
         [
             row["side"],
+            str(row["requests"]),
             number(row["tokens_per_s"], 0),
             three(row["first_ttft_s"]),
             three(row["later_ttft_s"]),
@@ -384,10 +385,18 @@ def _workload(batches: Sequence[Batch], workload: str, sides: Sequence[str]) -> 
     if not rows:
         return []
     head = [
-        "side", "tokens/s", "TTFT first visits, s", "TTFT later, s", "hit tokens, later", "of prompt tokens", "CPU s",
-        "read, MB", "written, MB", "read and write calls",
+        "side", "requests", "tokens/s", "TTFT first visits, s", "TTFT later, s", "hit tokens, later",
+        "of prompt tokens", "CPU s", "read, MB", "written, MB", "read and write calls",
     ]  # fmt: skip
-    return [f"### {workload[0].upper()}{workload[1:]}", "TTFT: p50 / p90 / p99.", table(head, rows)]
+    text = "TTFT: p50 / p90 / p99."
+    if len({row[1] for row in rows}) > 1:
+        text += " Sides without a tier take part in the first rounds only: their sums are of fewer requests."
+    if workload == RESUMED:
+        text += (
+            " Before that, the engines' caches and every tier in memory are emptied, and files dropped from the page "
+            "cache."
+        )
+    return [f"### {workload[0].upper()}{workload[1:]}", text, table(head, rows)]
 
 
 def _hits(cells: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> list[str]:

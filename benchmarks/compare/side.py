@@ -43,11 +43,14 @@ class Result:
         replies: One per prompt.
         wall_s: From the first prompt's submission to the last token.
         hits: Prompt tokens that were not computed, by the source that the engine names.
+        load_s: From a load's submission until all its pages are in place, by the side's own timer, over all loads; None
+            where it has none.
     """
 
     replies: tuple[Reply, ...]
     wall_s: float
     hits: Mapping[str, int]
+    load_s: float | None = None
 
 
 @dataclass(frozen=True)

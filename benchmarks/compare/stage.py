@@ -36,7 +36,7 @@ from benchmarks.compare.names import (
     THROTTLED,
     VLLM_SIDES,
 )
-from benchmarks.compare.plan import PROFILES, RANDOM_335M, Profile, in_dtype
+from benchmarks.compare.plan import NEEDED_ROUNDS, PROFILES, RANDOM_335M, Profile, in_dtype
 from benchmarks.compare.prompts import Corpus, prefix_repetition, rag
 from benchmarks.compare.record import Record
 from benchmarks.compare.side import Side
@@ -45,8 +45,6 @@ from tests.environments.engine_env import ROOT
 
 LOGS = ROOT / "build" / "logs"
 WARM_UP_TOKENS = 256
-# Rounds of second visits that judgements cannot do without; the others wait until all workloads were run.
-NEEDED_ROUNDS = 2
 # Rounds with a name of their own, so that no visit of these is taken for one of the others.
 FIRST_GATE_ROUND = 101
 PACKAGES = ("vllm", "sglang", "torch", "transformers")
@@ -210,7 +208,7 @@ def hits_against_recomputing(
             break
         run.say(f"documents: round {number + 1} of hits against recomputing")
         # Recomputing the longest takes longest, and there the answer is clearest.
-        asked = documents if not number else {u: p for u, p in documents.items() if len(p) < plan.longest}
+        asked = documents if number < NEEDED_ROUNDS else {u: p for u, p in documents.items() if len(p) < plan.longest}
         driver.documents_again(asked, plan, FIRST_GATE_ROUND + number, sides, local_hits=False)
 
 
@@ -303,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say = Progress()
     ticks = harness.cpu_ticks()
     environment = {**harness.environment(scratch), "versions": versions()}
-    head = {"stage": parsed.stage, "profile": asdict(profile), "environment": environment}
+    head = {"stage": parsed.stage, "asked": names, "profile": asdict(profile), "environment": environment}
     record = Record(parsed.output, head)
     driver: Driver | None = None
     try:

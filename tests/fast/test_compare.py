@@ -23,6 +23,7 @@ from benchmarks.compare.names import (
     HICACHE,
     LMCACHE_FS,
     MEMKV,
+    MEMKV_CACHED,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
@@ -31,7 +32,7 @@ from benchmarks.compare.names import (
     THROTTLED,
     VLLM_SIDES,
 )
-from benchmarks.compare.record import Batch, Record, without_paths
+from benchmarks.compare.record import Batch, Record, batches_of, without_paths
 
 LENGTH = 8000
 # Keys and values of all layers in bfloat16.
@@ -59,7 +60,7 @@ def visit(
     usage = {"cpu_s": ttft_s, "read_bytes": 0, "write_bytes": 0, "read_calls": 0, "write_calls": 0}
     return {
         "side": name, "workload": workload, "step": step, "unit": unit, "round": round_, "length": length,
-        "wall_s": ttft_s, "hits": {"connector": hits}, "usage": usage,
+        "wall_s": ttft_s, "hits": {"connector": hits}, "load_s": None, "usage": usage,
         "requests": [{"prompt_tokens": length, "ttft_s": ttft_s, "tokens": [1]}],
     }  # fmt: skip
 
@@ -142,6 +143,25 @@ def test_a_restore_without_peers_is_held_against_the_raw_read_alone() -> None:
     assert judge.judge_restore([], [], LENGTH).status == judge.UNDECIDED
 
 
+@pytest.mark.parametrize(("load_s", "status"), [(0.12, judge.MET), (0.14, judge.MISSED)])
+def test_a_load_is_judged_by_its_own_timer_whatever_attention_takes(load_s: float, status: str) -> None:
+    batches = restores({MEMKV: 0.5, NATIVE: 0.15}, scatter=0.4)
+    assert judge.judge_load(batches, raw(0.1), LENGTH).status == judge.UNDECIDED, "nobody has a timer"
+    for batch in batches_of(batches, side=MEMKV, step=AGAIN):
+        batch["load_s"] = load_s
+    one = judge.judge_load(batches, raw(0.1), LENGTH)
+    assert (one.status, one.units) == (status, 6)
+    # What was not restored was not loaded, however long its timer says.
+    assert judge.judge_load([*batches, *restores({MEMKV: 9.0}, hits=LENGTH // 2)], raw(0.1), LENGTH).value == one.value
+
+
+def test_who_was_not_asked_is_not_judged() -> None:
+    body = stage_body("vllm", talks({MEMKV_CACHED: 1.0, NATIVE: 1.1, NO_CACHE: 2.0}, units=8), [])
+    whole, some = judge.judge_vllm(body), judge.judge_vllm({**body, "asked": [NO_CACHE, NATIVE, MEMKV_CACHED]})
+    assert {one.promise.split(":")[0] for one in whole.judgements} == {MEMKV, MEMKV_CACHED, THROTTLED}
+    assert [(one.promise.split(":")[0], one.status) for one in some.judgements] == [(MEMKV_CACHED, judge.MET)] * 3
+
+
 def talks(seconds: dict[str, float], units: int = 6) -> list[Batch]:
     return [
         visit(name, CONVERSATIONS, f"turn {turn}", str(unit), one * (1 + 0.02 * (unit % 3)), hits=100)
@@ -160,6 +180,7 @@ def test_throughput_is_held_against_no_cache(ours: float, status: str) -> None:
 def test_what_does_not_fit_into_memory_is_told_before_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     wide = plan.in_dtype(plan.DEFAULT, "float32")
     runs = compare.runs_of(wide, ["vllm", "sglang"])
+    assert [run.name for run in runs] == ["vllm", "sglang"]
     # Measured: 19.3 GiB in bfloat16; in float32 18.1 GiB for five of the seven.
     assert 18 < plan.vllm_memory_bytes(plan.DEFAULT, VLLM_SIDES) / 2**30 < 21
     assert 23 < plan.vllm_memory_bytes(wide, VLLM_SIDES) / 2**30 < 27
@@ -168,6 +189,21 @@ def test_what_does_not_fit_into_memory_is_told_before_it_runs(capsys: pytest.Cap
     compare.warn_of_memory(runs, 64 << 30)
     compare.warn_of_memory(compare.runs_of(wide, ["vllm"], [MEMKV, NO_CACHE]), 20 << 30)
     assert capsys.readouterr().err == ""
+
+
+def test_what_does_not_fit_into_memory_at_once_runs_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = plan.in_dtype(plan.DEFAULT, "float32")
+    first, second, third = compare.runs_of(wide, ["vllm", "sglang"], memory_bytes=21 << 30)
+    assert (first.name, second.name, third.name) == ("vllm", "vllm, other-sides", "sglang")
+    assert set(first.sides) | set(second.sides) == set(VLLM_SIDES)
+    assert set(first.sides) & set(second.sides) == {NO_CACHE, NATIVE}, "whom the others are held against"
+    assert second.profile.dtype == "float32"
+    compare.warn_of_memory([first, second, third], 21 << 30)
+    assert capsys.readouterr().err == ""
+    assert len(compare.runs_of(wide, ["vllm"], memory_bytes=64 << 30)) == 1
+    # Who names sides has chosen.
+    chosen = compare.runs_of(wide, ["vllm"], VLLM_SIDES, memory_bytes=21 << 30)
+    assert [run.sides for run in chosen] == [VLLM_SIDES]
 
 
 def test_throughput_is_held_against_the_best_peer_and_says_who_is_missing() -> None:
@@ -223,7 +259,8 @@ def test_one_slow_cell_is_enough_and_a_missing_one_leaves_it_open() -> None:
     assert "1000" in one.note
     good = judge.hit_cells(hits(0.2), MEMKV, (PREFIX_CACHE,), 0.05)
     assert judge.judge_hits(good, MEMKV, [good[0].what, "nothing"], 0.05).status == judge.UNDECIDED
-    assert judge.judge_hits(good, MEMKV, [good[0].what], None).status == judge.UNDECIDED
+    unknown = judge.judge_hits(good, MEMKV, [good[0].what], None)
+    assert (unknown.status, unknown.limit) == (judge.MET, 1.0) and "noise was not measured" in unknown.note
     assert judge.judge_hits(good, THROTTLED, [], 0.05).status == judge.UNDECIDED
 
 
@@ -381,8 +418,9 @@ def stage_body(
         sides[failed].update(status="failed", error="start: SideFailed: it | broke\nmore")
     profile = asdict(replace(plan.DEFAULT, documents=replace(plan.DEFAULT.documents, lengths=(LENGTH,))))
     return {
-        "stage": stage, "profile": profile, "environment": {"versions": {stage: "1.0"}, "stolen_share": 0.01},
-        "complete": True, "sides": sides, "notes": ["a note"], "raw_reads": raw_reads, "batches": batches,
+        "stage": stage, "asked": list(names), "profile": profile, "complete": True,
+        "environment": {"versions": {stage: "1.0"}, "stolen_share": 0.01},
+        "sides": sides, "notes": ["a note"], "raw_reads": raw_reads, "batches": batches,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def started(one: FakeSide) -> FakeSide:
     return one
 
 
-def run_all(sides: Sequence[FakeSide], path: Path, minutes: float = 1.0) -> dict[str, Any]:
+def run_all(
+    sides: Sequence[FakeSide], path: Path, minutes: float = 1.0, talk: plan.Conversations = TALK
+) -> dict[str, Any]:
     """Runs what a stage runs; returns what is in the file."""
     record = Record(path, {})
     driver = Driver(record, Clock(minutes), lambda line: None)
@@ -96,8 +99,8 @@ def run_all(sides: Sequence[FakeSide], path: Path, minutes: float = 1.0) -> dict
     driver.documents_first(documents, DOCUMENTS_PLAN, "nobody", 4)
     driver.documents_again(documents, DOCUMENTS_PLAN, 1, driver.asked_for_documents())
     driver.forget_all()
-    driver.conversations(TALK, corpus, cold=True)
-    driver.resume(TALK, corpus)
+    driver.conversations(talk, corpus, cold=True)
+    driver.resume(talk, corpus)
     driver.requests(RAG, [corpus.take(5) for _ in range(5)], 2, 2)
     driver.finish()
     body: dict[str, Any] = json.loads(path.read_text())
@@ -130,6 +133,17 @@ def test_a_side_may_leave_documents_out(tmp_path: Path) -> None:
     body = run_all(sides, tmp_path / "record.json")
     asked = {one.name: {b["workload"] for b in batches_of(body["batches"], side=one.name)} for one in sides}
     assert asked["a"] - asked["talks"] == {DOCUMENTS} and CONVERSATIONS in asked["talks"]
+
+
+def test_sides_without_a_tier_take_part_in_the_first_rounds_only(tmp_path: Path) -> None:
+    talk = replace(TALK, recomputed_rounds=1)
+    body = run_all([FakeSide("a", tmp_path), FakeSide("b", None)], tmp_path / "record.json", talk=talk)
+    asked = {
+        name: {batch["round"] for batch in batches_of(body["batches"], side=name, workload=CONVERSATIONS)}
+        for name in "ab"
+    }
+    assert asked == {"a": {1, 2}, "b": {1}}
+    assert {batch["round"] for batch in batches_of(body["batches"], side="a", workload=RESUMED)} == {1, 2}
 
 
 def test_conversations_are_resumed_by_sides_that_store_with_nothing_in_memory(tmp_path: Path) -> None:
