@@ -442,6 +442,12 @@ def _notes(body: Mapping[str, Any]) -> str:
         share = stage["environment"].get("stolen_share")
         if share is not None:
             notes.append(f"- {name}: the host kept {share:.1%} of the cores' time for others.")
+        if costs := stage["environment"].get("page_costs_us"):
+            notes.append(
+                f"- {name}: before the engines started, 4 KiB of memory that nobody had for a while cost {costs[0]:.1f}"
+                f" us, and {costs[1]:.1f} us when given back just before; what is written through the page cache pays "
+                "for it."
+            )
     for name, noise in body["noise"].items():
         told = "was not measured" if noise is None else f"is {noise:.1%}: two sides that both compute differ by that"
         notes.append(f"- {name}: noise {told}.")

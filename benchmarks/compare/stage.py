@@ -300,7 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="compare-", dir=parsed.folder))
     say = Progress()
     ticks = harness.cpu_ticks()
-    environment = {**harness.environment(scratch), "versions": versions()}
+    environment = {
+        **harness.environment(scratch), "versions": versions(), "page_costs_us": harness.page_costs_us()
+    }  # fmt: skip
     head = {"stage": parsed.stage, "asked": names, "profile": asdict(profile), "environment": environment}
     record = Record(parsed.output, head)
     driver: Driver | None = None

@@ -419,7 +419,7 @@ def stage_body(
     profile = asdict(replace(plan.DEFAULT, documents=replace(plan.DEFAULT.documents, lengths=(LENGTH,))))
     return {
         "stage": stage, "asked": list(names), "profile": profile, "complete": True,
-        "environment": {"versions": {stage: "1.0"}, "stolen_share": 0.01},
+        "environment": {"versions": {stage: "1.0"}, "stolen_share": 0.01, "page_costs_us": [16.8, 2.46]},
         "sides": sides, "notes": ["a note"], "raw_reads": raw_reads, "batches": batches,
     }  # fmt: skip
 
@@ -441,6 +441,7 @@ def test_the_results_show_judgements_failures_and_losses(tmp_path: Path) -> None
     # The native tier restores in less time, and a table says so.
     behind = text.split("### Where ours is behind")[1].split("###")[0]
     assert any(NATIVE in line and "later" in line and line.rstrip().endswith("yes |") for line in behind.splitlines())
+    assert "cost 16.8 us" in text and "2.5 us when given back" in text
     assert str(tmp_path) not in text
     assert compare.problems_of(body) == [f"vllm: {LMCACHE_FS}: start: SideFailed: it / broke"]
 

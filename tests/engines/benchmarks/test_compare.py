@@ -68,6 +68,7 @@ def test_every_side_was_asked_for_everything(compared: tuple[Path, dict[str, Any
     folder, body = compared
     stage = body["stages"]["vllm"]
     assert stage["complete"]
+    assert min(stage["environment"]["page_costs_us"]) > 0
     assert {name: side["status"] for name, side in stage["sides"].items()} == dict.fromkeys(SIDES, "ok")
     for side in SIDES:
         asked = batches(body, side=side)
