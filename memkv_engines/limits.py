@@ -120,6 +120,8 @@ INDEX_WAYS = 8
 MILESTONE_CHUNKS = 16
 """One entry for every so many chunks of a prefix that is known as a whole."""
 MAX_KNOWN_VARIANTS = 65_536
+MAX_VARIANT_HASH_BYTES = 64 << 20
+"""Of block hashes that a scheduler keeps to tell which chunks share a prompt's beginning."""
 MAX_KNOWN_MISSES = 65_536
 MAX_BAD_CHUNKS = 65_536
 MAX_PROBES_IN_FLIGHT = 1024

@@ -7,7 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from memkv_engines.limits import HASH_BYTES, KEY_BYTES, MAX_KNOWN_MISSES, MAX_KNOWN_VARIANTS, MAX_VARIANTS_EXAMINED
+from memkv_engines.limits import (
+    HASH_BYTES,
+    KEY_BYTES,
+    MAX_KNOWN_MISSES,
+    MAX_KNOWN_VARIANTS,
+    MAX_VARIANT_HASH_BYTES,
+    MAX_VARIANTS_EXAMINED,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Variant:
 
 
 class VariantTable:
-    """A bounded memory of variants by first block. Not thread-safe.
+    """A memory of variants by first block, bounded in number and bytes; the longest unheard of go. Not thread-safe.
 
     Args:
         ttl_s: how long an entry is believed.
@@ -40,19 +47,18 @@ class VariantTable:
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._ttl_s, self._clock = ttl_s, clock
         self._table: OrderedDict[tuple[int, bytes], tuple[Variant, ...]] = OrderedDict()
+        self._hash_bytes = 0
 
     def add(self, group: int, hashes: Sequence[bytes], last: bytes, block_count: int, holes: int) -> None:
         """Learn a chunk whose leading blocks have these hashes (all of them, or as many as are known)."""
         variant = Variant(last[:KEY_BYTES], block_count, holes, b"".join(hashes), self._clock() + self._ttl_s)
         key = (group, hashes[0][:KEY_BYTES])
         others = tuple(
-            v
-            for v in self._table.pop(key, ())
-            if (v.last, v.block_count, v.holes) != (variant.last, block_count, holes)
+            v for v in self._taken(key) if (v.last, v.block_count, v.holes) != (variant.last, block_count, holes)
         )
-        self._table[key] = (variant, *others)[:MAX_VARIANTS_EXAMINED]
-        while len(self._table) > MAX_KNOWN_VARIANTS:
-            self._table.popitem(last=False)
+        self._put(key, (variant, *others)[:MAX_VARIANTS_EXAMINED])
+        while len(self._table) > MAX_KNOWN_VARIANTS or self._hash_bytes > MAX_VARIANT_HASH_BYTES:
+            self._taken(next(iter(self._table)))
 
     def at(self, group: int, first: bytes) -> list[Variant]:
         """Known chunks that start at a block, newest first."""
@@ -63,15 +69,22 @@ class VariantTable:
     def remove(self, group: int, first: bytes, last: bytes) -> None:
         """Forget a chunk."""
         key = (group, first[:KEY_BYTES])
-        left = tuple(v for v in self._table.get(key, ()) if v.last != last[:KEY_BYTES])
-        if left:
-            self._table[key] = left
-        else:
-            self._table.pop(key, None)
+        if left := tuple(v for v in self._taken(key) if v.last != last[:KEY_BYTES]):
+            self._put(key, left)
 
     def clear(self) -> None:
         """Forget everything."""
         self._table.clear()
+        self._hash_bytes = 0
+
+    def _taken(self, key: tuple[int, bytes]) -> tuple[Variant, ...]:
+        found = self._table.pop(key, ())
+        self._hash_bytes -= sum(len(v.hashes) for v in found)
+        return found
+
+    def _put(self, key: tuple[int, bytes], found: tuple[Variant, ...]) -> None:
+        self._table[key] = found
+        self._hash_bytes += sum(len(v.hashes) for v in found)
 
 
 class ExpiringSet:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from memkv_engines.config import _GROUPS, _KEYS, CONFIG_FILE_KEY, ENV_PREFIX, Config, load_config, split_paths
 from memkv_engines.errors import ConfigError
 from memkv_engines.limits import MIB
+from memkv_engines.tier.eviction import POLICIES
+from memkv_engines.transports import posix
 
 FIELDS = {f.name: f for cls in _GROUPS.values() for f in dataclasses.fields(cls)}
 WRONG: dict[str, list[Any]] = {
@@ -60,6 +62,11 @@ def test_a_wrong_value_names_key_value_source_and_remedy(key: str, value: Any) -
     assert "extra config" in text
     assert ": give " in text
     assert FIELDS[key].metadata["help"] in text
+
+
+def test_the_choices_are_those_of_who_knows_them() -> None:
+    assert set(FIELDS["eviction"].metadata["choices"]) == set(POLICIES)
+    assert set(FIELDS["direct_io"].metadata["choices"]) == set(posix._CANDIDATES)
 
 
 @pytest.mark.parametrize("key", [name for name, spec in FIELDS.items() if spec.metadata["choices"]])

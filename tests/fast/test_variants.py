@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memkv_engines.limits import KEY_BYTES, MAX_VARIANTS_EXAMINED
 from memkv_engines.offload import variants
@@ -54,6 +56,30 @@ def test_variants_expire_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [bool(table.at(0, b)) for b in OWN] == [False, True, False, True, True, True]
     clock.now += 61
     assert table.at(0, OWN[5]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 1), st.sampled_from("aaaaaaaaaaaaaaarrrc")),
+        max_size=120,
+    )
+)
+def test_the_hashes_kept_are_bounded_and_counted(steps: list[tuple[int, int, int, str]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "MAX_VARIANT_HASH_BYTES", 12 * 32)
+        table = VariantTable(60)
+        for first, blocks, which, what in steps:
+            hashes = [OWN[first], *chain(blocks - 1, str(which))]
+            if what == "a":
+                table.add(0, hashes, hashes[-1], blocks, 0)
+                assert table.at(0, OWN[first]), "what was learned last stays"
+            elif what == "r":
+                table.remove(0, OWN[first], hashes[-1])
+            else:
+                table.clear()
+            kept = sum(len(v.hashes) for block in OWN for v in table.at(0, block))
+            assert kept == table._hash_bytes <= 12 * 32
 
 
 def test_a_set_forgets_in_time_and_when_full() -> None:
