@@ -7,7 +7,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import harness
@@ -16,6 +16,7 @@ SETTLE_S = 0.25
 SETTLE_TIMEOUT_S = 15.0
 # An engine that waits still wakes now and then; one that stores, or polls after its last message, keeps a core busy.
 QUIET_CORES = 0.15
+IO_COMMAND = b"memkv_engines.offload.process"
 # Data files of ours, of vLLM's and SGLang's file tiers, and of LMCache's.
 DATA_SUFFIXES = (".kv", ".bin", ".data")
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
@@ -63,6 +64,7 @@ class Usage:
         write_bytes: Bytes submitted to block devices, or dirtied in the page cache.
         read_calls: read-like system calls, pipes and sockets included.
         write_calls: write-like system calls, likewise.
+        io_process_cpu_s: CPU seconds of our I/O processes, which `cpu_s` includes.
     """
 
     cpu_s: float = 0.0
@@ -70,6 +72,7 @@ class Usage:
     write_bytes: int = 0
     read_calls: int = 0
     write_calls: int = 0
+    io_process_cpu_s: float = 0.0
 
     def plus(self, other: Usage) -> Usage:
         """Returns the sum."""
@@ -79,9 +82,11 @@ class Usage:
         """Returns the difference to an earlier moment."""
         return Usage(*(a - b for a, b in zip(self.values(), earlier.values(), strict=True)))
 
-    def values(self) -> tuple[float, int, int, int, int]:
+    def values(self) -> tuple[float, int, int, int, int, float]:
         """Returns the fields in order."""
-        return self.cpu_s, self.read_bytes, self.write_bytes, self.read_calls, self.write_calls
+        return (
+            self.cpu_s, self.read_bytes, self.write_bytes, self.read_calls, self.write_calls, self.io_process_cpu_s
+        )  # fmt: skip
 
 
 @dataclass
@@ -158,7 +163,10 @@ def stat_fields(text: str) -> list[str]:
 def usage_of(pid: int) -> Usage:
     """Returns what one process has used."""
     user, system = stat_fields(Path(f"/proc/{pid}/stat").read_text())[11:13]
-    return io_of(Path(f"/proc/{pid}/io").read_text(), (int(user) + int(system)) * _TICK_S)
+    cpu_s = (int(user) + int(system)) * _TICK_S
+    used = io_of(Path(f"/proc/{pid}/io").read_text(), cpu_s)
+    is_ours = IO_COMMAND in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return replace(used, io_process_cpu_s=cpu_s) if is_ours else used
 
 
 def io_of(text: str, cpu_s: float) -> Usage:

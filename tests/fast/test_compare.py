@@ -57,7 +57,10 @@ def visit(
     length: int = LENGTH,
 ) -> Batch:
     """One visit as the driver notes it."""
-    usage = {"cpu_s": ttft_s, "read_bytes": 0, "write_bytes": 0, "read_calls": 0, "write_calls": 0}
+    usage = {
+        "cpu_s": ttft_s, "read_bytes": 0, "write_bytes": 0, "read_calls": 0, "write_calls": 0,
+        "io_process_cpu_s": 0.01 * ttft_s,
+    }  # fmt: skip
     return {
         "side": name, "workload": workload, "step": step, "unit": unit, "round": round_, "length": length,
         "wall_s": ttft_s, "hits": {"connector": hits}, "load_s": None, "usage": usage,
@@ -222,7 +225,11 @@ def test_a_first_visit_may_cost_two_percent(ratio: float, status: str) -> None:
         for unit in range(5)
         for name, seconds in ((MEMKV, ratio), (PREFIX_CACHE, 1.0))
     ]
-    assert [one.status for one in judge.judge_first_visit(batches)] == [status, status]
+    ttft, cpu, storing = judge.judge_first_visit(batches)
+    assert [ttft.status, cpu.status, storing.status] == [status, status, judge.MET]
+    for batch in batches:
+        batch["usage"]["io_process_cpu_s"] *= 3
+    assert judge.judge_first_visit(batches)[2].status == judge.MISSED
 
 
 def hits(ratio: float, *, side_: str = MEMKV, units: int = 5, length: int = LENGTH) -> list[Batch]:
