@@ -11,6 +11,7 @@ long_model                                  what prompts beyond SmolLM2's contex
 driver     asks all sides in turns, and goes on without one that fails
 record     what was measured, written as it goes
 stage      one engine's sides, in that engine's environment
+intervals  what a figure and its interval say about a limit
 judge      what was promised, and whether it holds
 report, plots                               RESULTS.md and its page of plots
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare import judge
+from benchmarks.compare import intervals, judge
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION, RESUMED
 from benchmarks.compare.names import (
     FILE,
@@ -160,11 +160,11 @@ def _loss(
     if not pairs:
         return []
     ratios = np.array([a / b for a, b in pairs])
-    value, low, high = judge.interval(len(pairs), lambda indices: float(np.median(ratios[indices])))
+    value, low, high = intervals.interval(len(pairs), lambda indices: float(np.median(ratios[indices])))
     worse = value < 1.0 if more_is_better else value > 1.0
     if not worse:
         return []
-    clear = len(pairs) >= judge.MIN_UNITS and (high < 1.0 if more_is_better else low > 1.0)
+    clear = len(pairs) >= intervals.MIN_UNITS and (high < 1.0 if more_is_better else low > 1.0)
     return [
         [workload, measure, side, other, f"{value:.2f} [{low:.2f}, {high:.2f}]", str(len(pairs)),
          "yes" if clear else "within noise"]
@@ -243,7 +243,7 @@ def results(body: Mapping[str, Any]) -> str:
     parts += [
         "## What was promised, and whether it holds",
         "Figures with their 95% bootstrap intervals over what was measured side by side. An interval across the limit, "
-        f"or fewer than {judge.MIN_UNITS} comparisons, decides nothing.",
+        f"or fewer than {intervals.MIN_UNITS} comparisons, decides nothing.",
         table(["run", "promise", "holds", "figure", "limit", "units", "note"], judgement_rows(body["judgements"])),
         f"![plots]({PLOT})",
     ]

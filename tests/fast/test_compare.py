@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import harness
 from benchmarks.compare import __main__ as compare
-from benchmarks.compare import judge, plan, plots, prompts, report, side
+from benchmarks.compare import intervals, judge, plan, plots, prompts, report, side
 from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG
 from benchmarks.compare.names import (
     FILE,
@@ -42,7 +42,7 @@ KV_BYTES_PER_TOKEN = {"smollm2": 30 * 2 * 3 * 64 * 2, plan.RANDOM_335M: 24 * 2 *
 @pytest.fixture(autouse=True)
 def few_bootstrap_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is judged here is far from its limit, or made to lie across it."""
-    monkeypatch.setattr(judge, "SAMPLES", 200)
+    monkeypatch.setattr(intervals, "SAMPLES", 200)
 
 
 def visit(
@@ -89,42 +89,42 @@ def raw(seconds: float, rounds: int = 6) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("low", "high", "limit", "at_most", "status"),
     [
-        (0.8, 0.9, 1.0, True, judge.MET),
-        (0.9, 1.1, 1.0, True, judge.UNDECIDED),
-        (1.1, 1.2, 1.0, True, judge.MISSED),
-        (1.6, 1.9, 1.5, False, judge.MET),
-        (1.4, 1.6, 1.5, False, judge.UNDECIDED),
-        (1.1, 1.4, 1.5, False, judge.MISSED),
+        (0.8, 0.9, 1.0, True, intervals.MET),
+        (0.9, 1.1, 1.0, True, intervals.UNDECIDED),
+        (1.1, 1.2, 1.0, True, intervals.MISSED),
+        (1.6, 1.9, 1.5, False, intervals.MET),
+        (1.4, 1.6, 1.5, False, intervals.UNDECIDED),
+        (1.1, 1.4, 1.5, False, intervals.MISSED),
     ],
 )
 def test_an_interval_says_met_missed_or_nothing(
     low: float, high: float, limit: float, at_most: bool, status: str
 ) -> None:
-    assert judge.status_of(low, high, limit, at_most=at_most) == status
+    assert intervals.status_of(low, high, limit, at_most=at_most) == status
 
 
 def test_too_few_comparisons_decide_nothing_however_clear() -> None:
-    one = judge.judged("x", judge.MIN_UNITS - 1, lambda indices: 0.1, 1.0, at_most=True)
-    assert (one.status, one.value, one.low) == (judge.UNDECIDED, 0.1, None)
-    assert judge.judged("x", 0, lambda indices: 0.1, 1.0, at_most=True).value is None
-    assert judge.judged("x", judge.MIN_UNITS, lambda indices: 0.1, 1.0, at_most=True).status == judge.MET
+    one = intervals.judged("x", intervals.MIN_UNITS - 1, lambda indices: 0.1, 1.0, at_most=True)
+    assert (one.status, one.value, one.low) == (intervals.UNDECIDED, 0.1, None)
+    assert intervals.judged("x", 0, lambda indices: 0.1, 1.0, at_most=True).value is None
+    assert intervals.judged("x", intervals.MIN_UNITS, lambda indices: 0.1, 1.0, at_most=True).status == intervals.MET
 
 
 @pytest.mark.parametrize(
     ("ours", "native", "lmcache", "raw_s", "status"),
     [
-        (0.20, 0.50, 0.60, 0.10, judge.MET),  # less than half of both
-        (0.30, 0.50, 0.90, 0.10, judge.MISSED),  # less than half of one of them only
-        (0.30, 0.50, 0.90, 0.25, judge.MET),  # and within 1.3 raw reads
-        (0.30, 0.20, 0.20, 0.20, judge.MISSED),
-        (0.25, 0.50, 0.60, 0.10, judge.UNDECIDED),  # the scatter goes across the limit
+        (0.20, 0.50, 0.60, 0.10, intervals.MET),  # less than half of both
+        (0.30, 0.50, 0.90, 0.10, intervals.MISSED),  # less than half of one of them only
+        (0.30, 0.50, 0.90, 0.25, intervals.MET),  # and within 1.3 raw reads
+        (0.30, 0.20, 0.20, 0.20, intervals.MISSED),
+        (0.25, 0.50, 0.60, 0.10, intervals.UNDECIDED),  # the scatter goes across the limit
     ],
 )
 def test_a_restore_is_held_against_peers_and_the_raw_read(
     ours: float, native: float, lmcache: float, raw_s: float, status: str
 ) -> None:
     batches = restores({MEMKV: ours, NATIVE: native, LMCACHE_FS: lmcache})
-    if status == judge.UNDECIDED:
+    if status == intervals.UNDECIDED:
         for batch in batches:
             if batch["side"] == MEMKV and batch["step"] == AGAIN:
                 batch["requests"][0]["ttft_s"] += 0.05 * (batch["round"] % 2 * 2 - 1)
@@ -141,15 +141,15 @@ def test_what_restored_nothing_is_no_restore() -> None:
 
 
 def test_a_restore_without_peers_is_held_against_the_raw_read_alone() -> None:
-    assert judge.judge_restore(restores({MEMKV: 0.2}), raw(0.1), LENGTH).status == judge.MISSED
-    assert judge.judge_restore(restores({MEMKV: 0.12}), raw(0.1), LENGTH).status == judge.MET
-    assert judge.judge_restore([], [], LENGTH).status == judge.UNDECIDED
+    assert judge.judge_restore(restores({MEMKV: 0.2}), raw(0.1), LENGTH).status == intervals.MISSED
+    assert judge.judge_restore(restores({MEMKV: 0.12}), raw(0.1), LENGTH).status == intervals.MET
+    assert judge.judge_restore([], [], LENGTH).status == intervals.UNDECIDED
 
 
-@pytest.mark.parametrize(("load_s", "status"), [(0.12, judge.MET), (0.14, judge.MISSED)])
+@pytest.mark.parametrize(("load_s", "status"), [(0.12, intervals.MET), (0.14, intervals.MISSED)])
 def test_a_load_is_judged_by_its_own_timer_whatever_attention_takes(load_s: float, status: str) -> None:
     batches = restores({MEMKV: 0.5, NATIVE: 0.15}, scatter=0.4)
-    assert judge.judge_load(batches, raw(0.1), LENGTH).status == judge.UNDECIDED, "nobody has a timer"
+    assert judge.judge_load(batches, raw(0.1), LENGTH).status == intervals.UNDECIDED, "nobody has a timer"
     for batch in batches_of(batches, side=MEMKV, step=AGAIN):
         batch["load_s"] = load_s
     one = judge.judge_load(batches, raw(0.1), LENGTH)
@@ -162,7 +162,7 @@ def test_who_was_not_asked_is_not_judged() -> None:
     body = stage_body("vllm", talks({MEMKV_CACHED: 1.0, NATIVE: 1.1, NO_CACHE: 2.0}, units=8), [])
     whole, some = judge.judge_vllm(body), judge.judge_vllm({**body, "asked": [NO_CACHE, NATIVE, MEMKV_CACHED]})
     assert {one.promise.split(":")[0] for one in whole.judgements} == {MEMKV, MEMKV_CACHED, THROTTLED}
-    assert [(one.promise.split(":")[0], one.status) for one in some.judgements] == [(MEMKV_CACHED, judge.MET)] * 3
+    assert [(one.promise.split(":")[0], one.status) for one in some.judgements] == [(MEMKV_CACHED, intervals.MET)] * 3
 
 
 def talks(seconds: dict[str, float], units: int = 6) -> list[Batch]:
@@ -174,7 +174,7 @@ def talks(seconds: dict[str, float], units: int = 6) -> list[Batch]:
     ]
 
 
-@pytest.mark.parametrize(("ours", "status"), [(1.0, judge.MET), (1.33, judge.MISSED), (2.0, judge.MISSED)])
+@pytest.mark.parametrize(("ours", "status"), [(1.0, intervals.MET), (1.33, intervals.MISSED), (2.0, intervals.MISSED)])
 def test_throughput_is_held_against_no_cache(ours: float, status: str) -> None:
     batches = talks({MEMKV: ours, NO_CACHE: 1.9})
     assert judge.judge_throughput(batches, CONVERSATIONS, MEMKV, [NO_CACHE], 1.5, "x").status == status
@@ -212,13 +212,13 @@ def test_what_does_not_fit_into_memory_at_once_runs_one_after_the_other(capsys: 
 def test_throughput_is_held_against_the_best_peer_and_says_who_is_missing() -> None:
     batches = talks({MEMKV: 1.0, NATIVE: 0.9, PREFIX_CACHE: 2.0})
     one = judge.judge_throughput(batches, CONVERSATIONS, MEMKV, [PREFIX_CACHE, NATIVE, LMCACHE_FS], 1.0, "x")
-    assert one.status == judge.MISSED
+    assert one.status == intervals.MISSED
     assert one.value == pytest.approx(0.9)
     assert LMCACHE_FS in one.note
-    assert judge.judge_throughput(batches, CONVERSATIONS, MEMKV, [LMCACHE_FS], 1.0, "x").status == judge.UNDECIDED
+    assert judge.judge_throughput(batches, CONVERSATIONS, MEMKV, [LMCACHE_FS], 1.0, "x").status == intervals.UNDECIDED
 
 
-@pytest.mark.parametrize(("ratio", "status"), [(1.0, judge.MET), (1.05, judge.MISSED)])
+@pytest.mark.parametrize(("ratio", "status"), [(1.0, intervals.MET), (1.05, intervals.MISSED)])
 def test_a_first_visit_may_cost_two_percent(ratio: float, status: str) -> None:
     batches = [
         visit(name, DOCUMENTS, FIRST, str(unit), seconds * (1 + unit))
@@ -226,10 +226,10 @@ def test_a_first_visit_may_cost_two_percent(ratio: float, status: str) -> None:
         for name, seconds in ((MEMKV, ratio), (PREFIX_CACHE, 1.0))
     ]
     ttft, cpu, storing = judge.judge_first_visit(batches)
-    assert [ttft.status, cpu.status, storing.status] == [status, status, judge.MET]
+    assert [ttft.status, cpu.status, storing.status] == [status, status, intervals.MET]
     for batch in batches:
         batch["usage"]["io_process_cpu_s"] *= 3
-    assert judge.judge_first_visit(batches)[2].status == judge.MISSED
+    assert judge.judge_first_visit(batches)[2].status == intervals.MISSED
 
 
 def hits(ratio: float, *, side_: str = MEMKV, units: int = 5, length: int = LENGTH) -> list[Batch]:
@@ -243,13 +243,13 @@ def hits(ratio: float, *, side_: str = MEMKV, units: int = 5, length: int = LENG
 @pytest.mark.parametrize(
     ("ratio", "units", "status"),
     [
-        (0.2, 5, judge.MET),
-        (1.02, 5, judge.MET),
-        (1.2, 5, judge.MISSED),
-        (0.2, 2, judge.MET),
-        (1.5, 2, judge.MISSED),
-        (1.02, 2, judge.UNDECIDED),
-        (0.2, 1, judge.UNDECIDED),
+        (0.2, 5, intervals.MET),
+        (1.02, 5, intervals.MET),
+        (1.2, 5, intervals.MISSED),
+        (0.2, 2, intervals.MET),
+        (1.5, 2, intervals.MISSED),
+        (1.02, 2, intervals.UNDECIDED),
+        (0.2, 1, intervals.UNDECIDED),
     ],
 )
 def test_a_hit_may_be_slower_than_recomputing_by_noise(ratio: float, units: int, status: str) -> None:
@@ -262,13 +262,13 @@ def test_one_slow_cell_is_enough_and_a_missing_one_leaves_it_open() -> None:
     batches = hits(0.2) + hits(1.4, length=1000)
     cells = judge.hit_cells(batches, MEMKV, (PREFIX_CACHE,), 0.05)
     one = judge.judge_hits(cells, MEMKV, [cell.what for cell in cells], 0.05)
-    assert (one.status, one.value) == (judge.MISSED, pytest.approx(1.4))
+    assert (one.status, one.value) == (intervals.MISSED, pytest.approx(1.4))
     assert "1000" in one.note
     good = judge.hit_cells(hits(0.2), MEMKV, (PREFIX_CACHE,), 0.05)
-    assert judge.judge_hits(good, MEMKV, [good[0].what, "nothing"], 0.05).status == judge.UNDECIDED
+    assert judge.judge_hits(good, MEMKV, [good[0].what, "nothing"], 0.05).status == intervals.UNDECIDED
     unknown = judge.judge_hits(good, MEMKV, [good[0].what], None)
-    assert (unknown.status, unknown.limit) == (judge.MET, 1.0) and "noise was not measured" in unknown.note
-    assert judge.judge_hits(good, THROTTLED, [], 0.05).status == judge.UNDECIDED
+    assert (unknown.status, unknown.limit) == (intervals.MET, 1.0) and "noise was not measured" in unknown.note
+    assert judge.judge_hits(good, THROTTLED, [], 0.05).status == intervals.UNDECIDED
 
 
 def test_noise_is_what_equals_differ_by_and_has_a_bound() -> None:

@@ -1,0 +1,85 @@
+"""A figure, its 95% bootstrap interval over units that were measured side by side, and what that says about a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MET, MISSED, UNDECIDED = "met", "missed", "not decided"
+MIN_UNITS = 4
+SAMPLES = 4000
+
+Indices = npt.NDArray[np.intp]
+Statistic = Callable[[Indices], float]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One promise.
+
+    Attributes:
+        promise: In words.
+        status: `MET`, `MISSED` or `UNDECIDED`.
+        value: The figure; None where nothing was measured.
+        low, high: Its 95% interval.
+        limit: What it is held against.
+        at_most: Whether the figure has to stay below the limit, rather than above.
+        units: How many were measured side by side.
+        note: What one has to know about it.
+        required: Whether the project has promised it; the others are told for the reader.
+    """
+
+    promise: str
+    status: str
+    value: float | None
+    low: float | None
+    high: float | None
+    limit: float
+    at_most: bool
+    units: int
+    note: str = ""
+    required: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it for the JSON."""
+        return asdict(self)
+
+
+def status_of(low: float, high: float, limit: float, *, at_most: bool) -> str:
+    """Returns what an interval says about a limit."""
+    if at_most:
+        return MET if high <= limit else MISSED if low > limit else UNDECIDED
+    return MET if low >= limit else MISSED if high < limit else UNDECIDED
+
+
+def interval(units: int, statistic: Statistic, seed: int = 1) -> tuple[float, float, float]:
+    """Returns a statistic of all units, and its 95% bootstrap interval over them."""
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(generator.integers(0, units, units)) for _ in range(SAMPLES)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return statistic(np.arange(units)), float(low), float(high)
+
+
+def judged(
+    promise: str,
+    units: int,
+    statistic: Statistic,
+    limit: float,
+    *,
+    at_most: bool,
+    note: str = "",
+    required: bool = True,
+) -> Judgement:
+    """Returns the judgement on a statistic."""
+    if units < MIN_UNITS:
+        value = statistic(np.arange(units)) if units else None
+        found = f"{units} of at least {MIN_UNITS} comparisons"
+        note = f"{note}; {found}" if note else found
+        return Judgement(promise, UNDECIDED, value, None, None, limit, at_most, units, note, required)
+    value, low, high = interval(units, statistic)
+    status = status_of(low, high, limit, at_most=at_most)
+    return Judgement(promise, status, value, low, high, limit, at_most, units, note, required)
