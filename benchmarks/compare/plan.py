@@ -241,6 +241,7 @@ LONG = replace(
     dram_tier_bytes=1 << 30,
     # What fits into 23 GiB.
     vllm_sides=(PREFIX_CACHE, NATIVE, LMCACHE_FS, MEMKV),
+    apart="",
     only_documents=True,
 )
 OTHER_SIDES = replace(

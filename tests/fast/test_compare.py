@@ -204,6 +204,8 @@ def test_what_does_not_fit_into_memory_at_once_runs_one_after_the_other(capsys: 
     compare.warn_of_memory([first, second, third], 21 << 30)
     assert capsys.readouterr().err == ""
     assert len(compare.runs_of(wide, ["vllm"], memory_bytes=64 << 30)) == 1
+    # Documents alone have no sides that could wait: what does not fit there is told.
+    assert [run.name for run in compare.runs_of(plan.LONG, ["vllm"], memory_bytes=8 << 30)] == ["vllm"]
     # Who names sides has chosen.
     chosen = compare.runs_of(wide, ["vllm"], VLLM_SIDES, memory_bytes=21 << 30)
     assert [run.sides for run in chosen] == [VLLM_SIDES]
