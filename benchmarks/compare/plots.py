@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _rates(axis: Any, stage: Mapping[str, Any] | None) -> None:
     for number, (side, values) in enumerate(found.items()):
         at = np.arange(len(workloads)) + number * width
         axis.bar(at, [value or 0.0 for value in values], width, label=side, color=COLOURS[side])
-    labels = [workload.replace(" behind ", "\nbehind ").replace(" from ", "\nfrom ") for workload in workloads]
+    labels = [textwrap.fill(workload, 16) for workload in workloads]
     axis.set_xticks(np.arange(len(workloads)) + 0.4 - width / 2, labels, fontsize=8)
     axis.set(title=title, ylabel="prompt and answer tokens / s")
     axis.grid(alpha=0.3, axis="y")
