@@ -49,6 +49,8 @@ class EngineSpec:
         environment: Further variables of the process.
         kv_transfer: `kv_transfer_config` of another connector than ours; None for ours or none.
         python: The interpreter, for an engine in another environment; by default this one.
+        answer_timeout_s: Seconds after which an engine that has not started or not answered is killed; None waits for
+            ever.
     """
 
     model: str
@@ -59,6 +61,7 @@ class EngineSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     kv_transfer: Mapping[str, Any] | None = None
     python: str = sys.executable
+    answer_timeout_s: float | None = None
 
     def llm_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `vllm.LLM`."""
@@ -127,12 +130,12 @@ class Engine:
     Args:
         spec: What to start.
         log: Where the engine's output goes; overwritten.
-        timeout_s: Seconds after which an engine that has not started or not answered is killed; None waits for ever.
     """
 
-    def __init__(self, spec: EngineSpec, log: Path, *, timeout_s: float | None = None) -> None:
+    def __init__(self, spec: EngineSpec, log: Path) -> None:
         self._log = log
-        self._timeout_s = timeout_s
+        self._timeout_s = spec.answer_timeout_s
+        self._is_late = False
         log.parent.mkdir(parents=True, exist_ok=True)
         request_read, request_write = os.pipe()
         answer_read, answer_write = os.pipe()
@@ -239,7 +242,8 @@ class Engine:
         with self._deadline():
             line = self._answers.readline()
         if not line:
-            raise EngineFailed(f"the engine's process ended during {command!r}\n{tail_of(self._log)}")
+            ended = f"no answer to {command!r} within {self._timeout_s} s: killed" if self._is_late else ""
+            raise EngineFailed(f"{ended or f'the engine ended during {command!r}'}\n{tail_of(self._log)}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineFailed(f"{command!r} failed: {answer['error']}\n{tail_of(self._log)}")
@@ -253,8 +257,7 @@ class Engine:
             return
 
         def kill() -> None:
-            with self._log.open("a") as log:
-                log.write(f"\nno answer within {self._timeout_s:.0f} s: killed\n")
+            self._is_late = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 

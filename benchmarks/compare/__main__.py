@@ -4,11 +4,14 @@
     python -m benchmarks.compare              # the same
     make compare ARGS="--profile full"        # an hour and three quarters: more rounds, longer prompts, a larger model
     make compare ARGS="--stages sglang"       # one engine only
+    make compare ARGS="--stages vllm --profile conversations"   # those alone, 48 units: an hour
+    make compare ARGS="--stages vllm --profile long"            # a larger model, up to 16,000 tokens
     make compare ARGS="--minutes 30"          # fewer rounds: intervals get wider
 
 Prints its plan and an estimate first. Each engine's contestants run in that engine's environment (`stage`), and write
 what they measured as they go; a side that fails is a row of the results, and makes the exit code 1. Writes
-`build/compare.json`, and `RESULTS.md` with its plots into `benchmarks/`.
+`build/compare.json`, and `RESULTS.md` with its plots into `benchmarks/`; a profile that asks for some workloads only
+has a folder of its own there, so that it does not take the place of the whole.
 """
 
 from __future__ import annotations
@@ -242,6 +245,13 @@ def combined(
     }
 
 
+def results_folder(profile: Profile, output: Path) -> Path:
+    """Returns where RESULTS.md goes by default: a part does not take the place of the whole."""
+    if profile.light:
+        return output
+    return ROOT / "benchmarks" if profile.name in plan.WHOLE else ROOT / "benchmarks" / "results" / profile.name
+
+
 def problems_of(body: dict[str, Any]) -> list[str]:
     """Returns what failed; a promise that was missed is a result and no failure."""
     found = []
@@ -292,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where the sides store")
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for the JSON")
-    parser.add_argument("--results", type=Path, help="folder for RESULTS.md (benchmarks/; the output's where tiny)")
+    parser.add_argument("--results", type=Path, help="folder for RESULTS.md (benchmarks/, or one below it)")
     parser.add_argument("--plan", action="store_true", help="print the plan and end")
     parsed = parser.parse_args(arguments)
     if unknown := [name for name in parsed.stages if name not in STAGES]:
@@ -307,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_plan(profile, runs)
     if parsed.plan:
         return 0
-    results = parsed.results or (parsed.output if profile.light else ROOT / "benchmarks")
+    results = parsed.results or results_folder(profile, parsed.output)
     parsed.output.mkdir(parents=True, exist_ok=True)
     # Before the results are written, which would count as a change of the checkout.
     environment = harness.environment(parsed.output)

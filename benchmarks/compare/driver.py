@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.compare import plan as plans
 from benchmarks.compare import prompts as workloads
+from benchmarks.compare.names import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RESUMED
 from benchmarks.compare.prompts import Conversation, Corpus
 from benchmarks.compare.record import Record
 from benchmarks.compare.side import Meter, Result, Side
 from benchmarks.tier_files import RawReader, TierContents, contents_of, wait_for_blocks
 
-DOCUMENTS, CONVERSATIONS, RESUMED = "documents", "conversations", "conversations resumed from the disk"
-RAG, REPETITION = "passages behind a shared system prompt", "prefix repetition"
-FIRST, AGAIN, LOCAL = "first visit", "second visit", "local hit"
 FLUSH_TOKENS = 8
 
 Say = Callable[[str], None]
@@ -151,13 +150,15 @@ class Driver:
         return turned[::-1] if self._visits % 2 else turned
 
     def visit(self, name: str, prompts: Sequence[Sequence[int]], max_tokens: int, **labels: Any) -> Result | None:
-        """Asks one side and waits until it is quiet again; None when it failed."""
+        """Asks one side and waits until it is quiet and all it wrote is on the device; None when it failed."""
         result = None
         with self._or_out(name, f"{labels['workload']}, {labels['step']}"):
             side, meter = self._sides[name], self._meters[name]
             before = meter.usage()
             result = side.ask(prompts, max_tokens)
             used = meter.settle().since(before)
+            # What one left to the kernel to be written must not take the device from the next.
+            os.sync()
             meter.read_memory()
             self._record.add_batch(name, labels, result, used)
         return result

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION, RESUMED
 from benchmarks.compare.intervals import (
     MET,
     MIN_UNITS,
@@ -28,16 +27,24 @@ from benchmarks.compare.intervals import (
     status_of,
 )
 from benchmarks.compare.names import (
+    AGAIN,
+    CONVERSATIONS,
+    DOCUMENTS,
     FILE,
+    FIRST,
     HICACHE,
     LINKER,
     LMCACHE_FS,
+    LOCAL,
     MEMKV,
     MEMKV_CACHED,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
     PREFIX_CACHE,
+    RAG,
+    REPETITION,
+    RESUMED,
     THROTTLED,
 )
 from benchmarks.compare.record import Batch, batches_of
@@ -375,56 +382,60 @@ class Verdict:
 
 def judge_conversations(batches: Sequence[Batch], asked: Collection[str]) -> list[Judgement]:
     """Returns the judgements on conversations in vLLM: against no tier, and against the best peer."""
+    ours = [side for side in (MEMKV, MEMKV_CACHED) if side in asked]
+    without, peers = [NO_CACHE, PREFIX_CACHE], [NATIVE, LMCACHE_FS]
     promise = f"conversations that outgrow the KV pool run at least {THROUGHPUT_OVER_NO_CACHE} times as fast as without"
-    over_no_cache = [
+    found = [
         judge_throughput(
-            batches, CONVERSATIONS, side, [NO_CACHE, PREFIX_CACHE], THROUGHPUT_OVER_NO_CACHE,
+            batches, CONVERSATIONS, side, without, THROUGHPUT_OVER_NO_CACHE,
             f"{side}: {promise} a cache, or with vLLM's own alone",
         )
-        for side in (MEMKV, MEMKV_CACHED) if side in asked
+        for side in ours if any(name in asked for name in without)
     ]  # fmt: skip
+    if not any(name in asked for name in peers):
+        return found
     # The peers have memory before their disk: with the page cache ours has, too. The promise is made for both.
     told = {
         MEMKV_CACHED: "they run at least as fast as with the best peer",
         MEMKV: "they run at least as fast, each time from the disk, as with the best peer from memory",
     }
-    peers = (NATIVE, LMCACHE_FS)
-    over_peers = [
+    found += [
         judge_throughput(batches, CONVERSATIONS, side, peers, 1.0, f"{side}: {text}")
         for side, text in told.items()
-        if side in asked
+        if side in ours
     ]
-    if MEMKV not in asked:
-        return [*over_no_cache, *over_peers]
-    resumed = judge_throughput(
-        batches, RESUMED, MEMKV, peers, 1.0,
-        f"{MEMKV}: resumed when nothing is left in memory, they run at least as fast as with the best peer",
-    )  # fmt: skip
-    return [*over_no_cache, *over_peers, resumed]
+    if MEMKV in ours:
+        resumed = "resumed when nothing is left in memory, they run at least as fast as with the best peer"
+        found.append(judge_throughput(batches, RESUMED, MEMKV, peers, 1.0, f"{MEMKV}: {resumed}"))
+    return found
 
 
 def judge_vllm(body: Mapping[str, Any]) -> Verdict:
-    """Returns the judgements on vLLM's stage."""
-    batches, documents = body["batches"], body["profile"]["documents"]
-    lengths, asked = sorted(set(documents["lengths"])), body["asked"]
+    """Returns the judgements on vLLM's stage: on what was run, beside those who took part."""
+    batches, asked, workloads = body["batches"], body["asked"], body["profile"]["workloads"]
+    lengths = sorted(set(body["profile"]["documents"]["lengths"])) if DOCUMENTS in workloads else []
     noise = noise_of(batches)
     # Recomputing with the same settings but for the connector comes first.
+    recomputing = tuple(name for name in (PREFIX_CACHE, NO_CACHE) if name in asked)
     cells = [
         cell
         for side in (MEMKV, MEMKV_CACHED, THROTTLED)
-        for cell in hit_cells(batches, side, (PREFIX_CACHE, NO_CACHE), noise or 0.0)
+        for cell in hit_cells(batches, side, recomputing, noise or 0.0)
     ]
-    by_length = [f"{DOCUMENTS}, {length} tokens" for length in lengths]
-    others = [] if body["profile"]["only_documents"] else [CONVERSATIONS]
-    judgements = judge_conversations(batches, asked) if others else []
-    if MEMKV in asked:
+    judgements = []
+    if MEMKV in asked and lengths:
         reads = body["raw_reads"]
-        judgements = [judge_restore(batches, reads, lengths[-1]), judge_load(batches, reads, lengths[-1]), *judgements]
-        judgements += [*judge_first_visit(batches), judge_hits(cells, MEMKV, [*by_length, *others], noise)]
-    if MEMKV_CACHED in asked and others:
-        judgements.append(judge_hits(cells, MEMKV_CACHED, others, noise))
-    if THROTTLED in asked:
-        judgements.append(judge_hits(cells, THROTTLED, by_length, noise))
+        judgements += [judge_restore(batches, reads, lengths[-1]), judge_load(batches, reads, lengths[-1])]
+    if CONVERSATIONS in workloads:
+        judgements += judge_conversations(batches, asked)
+    if MEMKV in asked and PREFIX_CACHE in asked:
+        judgements += judge_first_visit(batches)
+    by_length = [f"{DOCUMENTS}, {length} tokens" for length in lengths]
+    talks = [CONVERSATIONS] if CONVERSATIONS in workloads else []
+    wanted = {MEMKV: [*by_length, *talks], MEMKV_CACHED: talks, THROTTLED: by_length}
+    judgements += [
+        judge_hits(cells, side, what, noise) for side, what in wanted.items() if side in asked and what and recomputing
+    ]
     return Verdict(tuple(judgements), tuple(cells), noise)
 
 

@@ -8,6 +8,8 @@ from functools import partial
 
 from benchmarks import cpu_dtype
 from benchmarks.compare.names import (
+    CONVERSATIONS,
+    DOCUMENTS,
     LMCACHE_FS,
     LMCACHE_MEMKV,
     MEMKV,
@@ -15,8 +17,11 @@ from benchmarks.compare.names import (
     NATIVE,
     NO_CACHE,
     PREFIX_CACHE,
+    RAG,
+    REPETITION,
     THROTTLED,
     VLLM_SIDES,
+    WORKLOADS,
 )
 
 RANDOM_335M = "random-335m"
@@ -25,6 +30,8 @@ _SECONDS_PER_TOKEN = 0.8e-3
 _SECONDS_PER_TOKEN_SQUARED = 0.104e-6
 # In float32 on cores that have AVX2 only: 3.0 s and 67 s. So does everything that is mostly prefill.
 _FLOAT32_TIMES, _FLOAT32_STAGE_TIMES = 4.0, 1.6
+# Of the larger model: 117 s for 8,000 tokens in float32.
+_MODEL_TIMES = {RANDOM_335M: 2.3}
 # A restored prompt, and what settling after every visit takes: vLLM polls for a second after its last message.
 _RESTORE_S = 0.5
 _SETTLE_S = 1.4
@@ -150,7 +157,7 @@ class Profile:
         staging_bytes: Memory through which ours passes.
         vllm_sides: Who takes part in vLLM's stage.
         apart: The profile in which `APART` take part where memory does not hold all sides at the same time.
-        only_documents: Leave out all workloads in vLLM but the documents.
+        workloads: What vLLM's sides are asked for, of `WORKLOADS`.
         then: Further profiles that are run in vLLM after this one.
     """
 
@@ -173,7 +180,7 @@ class Profile:
     staging_bytes: int = 256 << 20
     vllm_sides: tuple[str, ...] = VLLM_SIDES
     apart: str = ""
-    only_documents: bool = False
+    workloads: tuple[str, ...] = WORKLOADS
     then: tuple[str, ...] = ()
 
 
@@ -242,7 +249,7 @@ LONG = replace(
     # What fits into 23 GiB.
     vllm_sides=(PREFIX_CACHE, NATIVE, LMCACHE_FS, MEMKV),
     apart="",
-    only_documents=True,
+    workloads=(DOCUMENTS,),
 )
 OTHER_SIDES = replace(
     DEFAULT,
@@ -252,6 +259,16 @@ OTHER_SIDES = replace(
     vllm_minutes=15.0,
     # `APART`, and whom they are held against.
     vllm_sides=(NO_CACHE, NATIVE, *APART),
+    apart="",
+)
+# Where the best peer and ours are within a few percent of each other: 48 units of them and nothing else.
+TALKS = replace(
+    DEFAULT,
+    name="conversations",
+    conversations=replace(DEFAULT.conversations, rounds=12),
+    workloads=(CONVERSATIONS,),
+    vllm_minutes=25.0,
+    vllm_sides=(NATIVE, MEMKV, MEMKV_CACHED),
     apart="",
 )
 TINY = Profile(
@@ -284,7 +301,9 @@ TINY = Profile(
     sglang_minutes=10.0,
     light=True,
 )
-PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, LONG, OTHER_SIDES, TINY)}
+# The others ask for a part of it, and their results do not take its place.
+WHOLE = (DEFAULT.name, FULL.name)
+PROFILES = {profile.name: profile for profile in (DEFAULT, FULL, LONG, TALKS, OTHER_SIDES, TINY)}
 
 
 def in_dtype(profile: Profile, dtype: str) -> Profile:
@@ -311,9 +330,14 @@ class Estimate:
 
 
 def prefill_s(profile: Profile, tokens: int) -> float:
-    """Returns the seconds that computing a prompt with SmolLM2 takes, roughly."""
-    times = _FLOAT32_TIMES if profile.dtype == cpu_dtype.FLOAT32 else 1.0
+    """Returns the seconds that computing a prompt takes, roughly."""
+    times = _MODEL_TIMES.get(profile.model, 1.0) * (_FLOAT32_TIMES if profile.dtype == cpu_dtype.FLOAT32 else 1.0)
     return times * (_SECONDS_PER_TOKEN * tokens + _SECONDS_PER_TOKEN_SQUARED * tokens * tokens)
+
+
+def answer_timeout_s(profile: Profile) -> float:
+    """Returns when a side that has not answered counts as dead: what its longest prompt takes under any load."""
+    return max(300.0, 5 * prefill_s(profile, profile.max_model_len))
 
 
 def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
@@ -324,13 +348,22 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
         sides: All sides but the slowed-down one.
         storing: Those of them that store.
     """
+    started = sides + (DOCUMENTS in profile.workloads)
+    return [
+        Estimate("engines start", started, _VLLM_START_S * started),
+        *(_documents(profile, sides, storing) if DOCUMENTS in profile.workloads else ()),
+        *(_conversations(profile, sides, storing) if CONVERSATIONS in profile.workloads else ()),
+        *(_requests(profile, sides, workload) for workload in (RAG, REPETITION) if workload in profile.workloads),
+    ]
+
+
+def _documents(profile: Profile, sides: int, storing: int) -> list[Estimate]:
     plan, prefill = profile.documents, partial(prefill_s, profile)
     pass_s = sum(map(prefill, plan.lengths))
     short_s = sum(prefill(length) for length in plan.lengths if length != plan.longest)
     documents, longest = len(plan.lengths), sum(length == plan.longest for length in plan.lengths)
     recomputing, whole = sides - storing, min(NEEDED_ROUNDS, plan.gate_rounds)
-    found = [
-        Estimate("engines start", sides + 1, _VLLM_START_S * (sides + 1)),
+    return [
         _line("documents, first visits", documents * sides, pass_s * sides),
         _line(
             "documents, second visits and local hits",
@@ -348,38 +381,36 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
             pass_s * whole + (plan.gate_rounds - whole) * short_s + 4 * _RESTORE_S * plan.gate_rounds * documents,
         ),
     ]
-    if profile.only_documents:
-        return found
-    talk = profile.conversations
+
+
+def _conversations(profile: Profile, sides: int, storing: int) -> list[Estimate]:
+    talk, recomputing = profile.conversations, sides - storing
     groups, later = talk.rounds * talk.count // talk.together, talk.turns - 1
-    talk_s, recomputed = prefill(talk.longest), min(talk.rounds, talk.recomputed_rounds)
-    turn_s = _RESTORE_S + prefill(talk.user_tokens)
-    found.append(
+    talk_s, recomputed = prefill_s(profile, talk.longest), min(talk.rounds, talk.recomputed_rounds)
+    turn_s = _RESTORE_S + prefill_s(profile, talk.user_tokens)
+    return [
         _line(
             "conversations",
             talk.turns * (groups * storing + recomputed * recomputing * talk.count // talk.together),
             talk.count
             * (talk.rounds * storing * (talk_s + later * turn_s) + recomputed * recomputing * talk.turns * talk_s),
+        ),
+        _line("conversations resumed", groups * storing, talk.rounds * talk.count * storing * turn_s),
+    ]
+
+
+def _requests(profile: Profile, sides: int, workload: str) -> Estimate:
+    if workload == RAG:
+        rag = profile.rag
+        return _line(
+            "RAG", rag.requests // rag.together * sides, rag.requests * sides * prefill_s(profile, rag.longest)
         )
+    one = profile.prefix_repetition
+    return _line(
+        "prefix repetition",
+        one.prompts // one.together * sides,
+        one.prompts * sides * prefill_s(profile, one.prefix_tokens + one.suffix_tokens),
     )
-    found.append(
-        _line(
-            "conversations resumed",
-            groups * storing,
-            talk.rounds * talk.count * storing * turn_s,
-        )
-    )
-    rag, repetition = profile.rag, profile.prefix_repetition
-    found.append(_line("RAG", rag.requests // rag.together * sides, rag.requests * sides * prefill(rag.longest)))
-    length = repetition.prefix_tokens + repetition.suffix_tokens
-    found.append(
-        _line(
-            "prefix repetition",
-            repetition.prompts // repetition.together * sides,
-            repetition.prompts * sides * prefill(length),
-        )
-    )
-    return found
 
 
 def vllm_memory_bytes(profile: Profile, sides: Sequence[str]) -> int:

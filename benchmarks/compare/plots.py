@@ -10,8 +10,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import judge
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, RAG, REPETITION, RESUMED
-from benchmarks.compare.names import SGLANG_SIDES, THROTTLED, VLLM_SIDES
+from benchmarks.compare.names import (
+    AGAIN,
+    CONVERSATIONS,
+    DOCUMENTS,
+    RAG,
+    REPETITION,
+    RESUMED,
+    SGLANG_SIDES,
+    THROTTLED,
+    VLLM_SIDES,
+)
 from benchmarks.compare.record import batches_of
 
 COLOURS = {

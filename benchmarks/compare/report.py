@@ -9,19 +9,26 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import intervals, judge
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION, RESUMED
 from benchmarks.compare.names import (
+    AGAIN,
+    CONVERSATIONS,
+    DOCUMENTS,
     FILE,
+    FIRST,
     HICACHE,
     LINKER,
     LMCACHE_FS,
     LMCACHE_MEMKV,
+    LOCAL,
     MEMKV,
     MEMKV_CACHED,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
     PREFIX_CACHE,
+    RAG,
+    REPETITION,
+    RESUMED,
     SGLANG_SIDES,
     THROTTLED,
     VLLM_SIDES,
@@ -304,7 +311,8 @@ def _stage(stage: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list
         _setup(name, stage["profile"]),
     ]
     if name == "vllm":
-        for length in sorted(set(stage["profile"]["documents"]["lengths"])):
+        asked = DOCUMENTS in stage["profile"]["workloads"]
+        for length in sorted(set(stage["profile"]["documents"]["lengths"])) if asked else ():
             parts += _documents(stage, length, sides)
     for workload in (CONVERSATIONS, RESUMED, RAG, REPETITION):
         parts += _workload(batches, workload, sides)

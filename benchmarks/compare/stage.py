@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_dtype, harness
-from benchmarks.compare.driver import RAG, REPETITION, RESUMED, Clock, Driver, Say
+from benchmarks.compare.driver import Clock, Driver, Say
 from benchmarks.compare.names import (
+    CONVERSATIONS,
+    DOCUMENTS,
     LMCACHE_FS,
     LMCACHE_MEMKV,
     MEMKV,
@@ -32,11 +34,23 @@ from benchmarks.compare.names import (
     NO_CACHE,
     NO_STORAGE,
     PREFIX_CACHE,
+    RAG,
+    REPETITION,
+    RESUMED,
     SGLANG_SIDES,
     THROTTLED,
     VLLM_SIDES,
 )
-from benchmarks.compare.plan import NEEDED_ROUNDS, PROFILES, RANDOM_335M, Profile, in_dtype
+from benchmarks.compare.plan import (
+    NEEDED_ROUNDS,
+    PROFILES,
+    RANDOM_335M,
+    PrefixRepetition,
+    Profile,
+    Rag,
+    answer_timeout_s,
+    in_dtype,
+)
 from benchmarks.compare.prompts import Corpus, prefix_repetition, rag
 from benchmarks.compare.record import Record
 from benchmarks.compare.side import Side
@@ -99,6 +113,7 @@ def vllm_makers(profile: Profile, model: Path, scratch: Path) -> dict[str, Make]
                 "enable_prefix_caching": prefix_caching,
             },
             environment=environment,
+            answer_timeout_s=answer_timeout_s(profile),
         )
 
     def folder(name: str) -> Path:
@@ -164,12 +179,39 @@ def log_of(name: str) -> Path:
 
 
 def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, run: Run) -> None:
-    """All workloads in vLLM."""
-    plan = profile.documents
+    """The profile's workloads in vLLM; all but documents begin with nothing in memory."""
     driver.start([corpus.take(min(WARM_UP_TOKENS, profile.max_model_len // 2)) for _ in VLLM_SIDES])
-    documents = {
-        f"document {number}, {length} tokens": corpus.take(length) for number, length in enumerate(plan.lengths, 1)
-    }
+    documents = documents_of(profile, corpus)
+    if documents:
+        documents_twice(driver, profile, documents, run)
+    if CONVERSATIONS in profile.workloads:
+        driver.forget_all()
+        run.say(CONVERSATIONS)
+        driver.conversations(profile.conversations, corpus, cold=False)
+        run.say(RESUMED)
+        driver.resume(profile.conversations, corpus)
+    if RAG in profile.workloads:
+        driver.forget_all()
+        run.say(RAG)
+        driver.requests(RAG, rag_prompts(profile.rag, corpus), profile.rag.together, profile.rag.answer_tokens)
+    if REPETITION in profile.workloads:
+        driver.forget_all()
+        run.say(REPETITION)
+        one = profile.prefix_repetition
+        driver.requests(REPETITION, repetition_prompts(one, corpus), one.together, one.answer_tokens)
+    if documents:
+        hits_against_recomputing(driver, profile, documents, corpus, run)
+
+
+def documents_of(profile: Profile, corpus: Corpus) -> dict[str, list[int]]:
+    """Returns the profile's documents by what they are called; none where they are left out."""
+    lengths = profile.documents.lengths if DOCUMENTS in profile.workloads else ()
+    return {f"document {number}, {length} tokens": corpus.take(length) for number, length in enumerate(lengths, 1)}
+
+
+def documents_twice(driver: Driver, profile: Profile, documents: Mapping[str, Sequence[int]], run: Run) -> None:
+    """First visits, second visits, and more restores of the longest."""
+    plan = profile.documents
     longest = {unit: prompt for unit, prompt in documents.items() if len(prompt) == plan.longest}
     run.say("documents: first visits")
     driver.documents_first(documents, plan, MEMKV, profile.block_size)
@@ -181,9 +223,6 @@ def run_vllm(driver: Driver, profile: Profile, corpus: Corpus, run: Run) -> None
             break
         run.say(f"documents: round {number} of restores")
         driver.documents_again(longest, plan, number, driver.storing())
-    if not profile.only_documents:
-        other_workloads(driver, profile, corpus, run.say)
-    hits_against_recomputing(driver, profile, documents, corpus, run)
 
 
 def hits_against_recomputing(
@@ -212,17 +251,9 @@ def hits_against_recomputing(
         driver.documents_again(asked, plan, FIRST_GATE_ROUND + number, sides, local_hits=False)
 
 
-def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) -> None:
-    """Conversations, passages, prefix repetition; each begins with nothing in memory."""
-    driver.forget_all()
-    say("conversations")
-    driver.conversations(profile.conversations, corpus, cold=False)
-    say(RESUMED)
-    driver.resume(profile.conversations, corpus)
-    driver.forget_all()
-    say(RAG)
-    one = profile.rag
-    prompts = rag(
+def rag_prompts(one: Rag, corpus: Corpus) -> list[list[int]]:
+    """Returns prompts of a system prompt and some of its passages."""
+    return rag(
         corpus,
         system_tokens=one.system_tokens,
         passages=one.passages,
@@ -231,18 +262,17 @@ def other_workloads(driver: Driver, profile: Profile, corpus: Corpus, say: Say) 
         question_tokens=one.question_tokens,
         requests=one.requests,
     )
-    driver.requests(RAG, prompts, one.together, one.answer_tokens)
-    driver.forget_all()
-    say(REPETITION)
-    two = profile.prefix_repetition
-    prompts = prefix_repetition(
+
+
+def repetition_prompts(one: PrefixRepetition, corpus: Corpus) -> list[list[int]]:
+    """Returns prompts of a few prefixes, each with many suffixes."""
+    return prefix_repetition(
         corpus.vocabulary,
-        prefixes=two.prefixes,
-        prefix_tokens=two.prefix_tokens,
-        suffix_tokens=two.suffix_tokens,
-        prompts=two.prompts,
+        prefixes=one.prefixes,
+        prefix_tokens=one.prefix_tokens,
+        suffix_tokens=one.suffix_tokens,
+        prompts=one.prompts,
     )
-    driver.requests(REPETITION, prompts, two.together, two.answer_tokens)
 
 
 def run_sglang(driver: Driver, profile: Profile, corpus: Corpus, say: Say) -> None:

@@ -27,8 +27,6 @@ from tests.faults.control import Injector, throttle
 
 THROTTLE_MB_PER_S = 50
 LMCACHE_PYTHON = ROOT / ".venvs" / "lmcache" / "bin" / "python"
-# The longest prefill under any load, with room.
-ANSWER_TIMEOUT_S = 300.0
 RESET_TRIES = 10
 RESET_PAUSE_S = 0.3
 # Too short to be stored.
@@ -61,7 +59,7 @@ class VllmSide(Side):
 
     def __init__(self, name: str, spec: EngineSpec, folder: Path | None, log: Path) -> None:
         self.name, self.what, self.folder = name, DESCRIPTIONS[name], folder
-        self._engine = Engine(spec, log, timeout_s=ANSWER_TIMEOUT_S)
+        self._engine = Engine(spec, log)
         self._reset_connector = False
         # Without a prefix cache there is nothing to reset.
         self._resets = bool(spec.arguments.get("enable_prefix_caching"))

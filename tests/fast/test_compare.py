@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,22 @@ import pytest
 from benchmarks import harness
 from benchmarks.compare import __main__ as compare
 from benchmarks.compare import intervals, judge, plan, plots, prompts, report, side
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG
 from benchmarks.compare.names import (
+    AGAIN,
+    CONVERSATIONS,
+    DOCUMENTS,
     FILE,
+    FIRST,
     HICACHE,
     LMCACHE_FS,
+    LOCAL,
     MEMKV,
     MEMKV_CACHED,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
     PREFIX_CACHE,
+    RAG,
     SGLANG_SIDES,
     THROTTLED,
     VLLM_SIDES,
@@ -35,8 +40,6 @@ from benchmarks.compare.names import (
 from benchmarks.compare.record import Batch, Record, batches_of, without_paths
 
 LENGTH = 8000
-# Keys and values of all layers in bfloat16.
-KV_BYTES_PER_TOKEN = {"smollm2": 30 * 2 * 3 * 64 * 2, plan.RANDOM_335M: 24 * 2 * 8 * 64 * 2}
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +168,19 @@ def test_who_was_not_asked_is_not_judged() -> None:
     assert [(one.promise.split(":")[0], one.status) for one in some.judgements] == [(MEMKV_CACHED, intervals.MET)] * 3
 
 
+def test_what_was_left_out_is_not_judged_and_has_no_table(tmp_path: Path) -> None:
+    body = stage_body("vllm", talks({MEMKV: 1.0, MEMKV_CACHED: 0.98, NATIVE: 1.1}, units=8), [])
+    body.update(asked=list(plan.TALKS.vllm_sides), profile=asdict(plan.TALKS))
+    judgements = judge.judge_vllm(body).judgements
+    assert [one.promise.split(":")[0] for one in judgements] == [MEMKV_CACHED, MEMKV, MEMKV]
+    assert [one.status for one in judgements] == [intervals.MET, intervals.MET, intervals.UNDECIDED], "none resumed"
+    report.write(compare.combined(plan.TALKS, {"vllm": body}, 60.0, harness.environment(tmp_path)), tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "### Conversations" in text and "Documents of" not in text and "Passages" not in text
+    first = compare.runs_of(plan.TALKS, ["vllm"])[0]
+    assert [one.what for one in first.estimates()] == ["engines start", CONVERSATIONS, "conversations resumed"]
+
+
 def talks(seconds: dict[str, float], units: int = 6) -> list[Batch]:
     return [
         visit(name, CONVERSATIONS, f"turn {turn}", str(unit), one * (1 + 0.02 * (unit % 3)), hits=100)
@@ -178,37 +194,6 @@ def talks(seconds: dict[str, float], units: int = 6) -> list[Batch]:
 def test_throughput_is_held_against_no_cache(ours: float, status: str) -> None:
     batches = talks({MEMKV: ours, NO_CACHE: 1.9})
     assert judge.judge_throughput(batches, CONVERSATIONS, MEMKV, [NO_CACHE], 1.5, "x").status == status
-
-
-def test_what_does_not_fit_into_memory_is_told_before_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    wide = plan.in_dtype(plan.DEFAULT, "float32")
-    runs = compare.runs_of(wide, ["vllm", "sglang"])
-    assert [run.name for run in runs] == ["vllm", "sglang"]
-    # Measured: 19.3 GiB in bfloat16; in float32 18.1 GiB for five of the seven.
-    assert 18 < plan.vllm_memory_bytes(plan.DEFAULT, VLLM_SIDES) / 2**30 < 21
-    assert 23 < plan.vllm_memory_bytes(wide, VLLM_SIDES) / 2**30 < 27
-    compare.warn_of_memory(runs, 20 << 30)
-    assert "vllm needs about 2" in (told := capsys.readouterr().err) and "--sides" in told and "sglang" not in told
-    compare.warn_of_memory(runs, 64 << 30)
-    compare.warn_of_memory(compare.runs_of(wide, ["vllm"], [MEMKV, NO_CACHE]), 20 << 30)
-    assert capsys.readouterr().err == ""
-
-
-def test_what_does_not_fit_into_memory_at_once_runs_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
-    wide = plan.in_dtype(plan.DEFAULT, "float32")
-    first, second, third = compare.runs_of(wide, ["vllm", "sglang"], memory_bytes=21 << 30)
-    assert (first.name, second.name, third.name) == ("vllm", "vllm, other-sides", "sglang")
-    assert set(first.sides) | set(second.sides) == set(VLLM_SIDES)
-    assert set(first.sides) & set(second.sides) == {NO_CACHE, NATIVE}, "whom the others are held against"
-    assert second.profile.dtype == "float32"
-    compare.warn_of_memory([first, second, third], 21 << 30)
-    assert capsys.readouterr().err == ""
-    assert len(compare.runs_of(wide, ["vllm"], memory_bytes=64 << 30)) == 1
-    # Documents alone have no sides that could wait: what does not fit there is told.
-    assert [run.name for run in compare.runs_of(plan.LONG, ["vllm"], memory_bytes=8 << 30)] == ["vllm"]
-    # Who names sides has chosen.
-    chosen = compare.runs_of(wide, ["vllm"], VLLM_SIDES, memory_bytes=21 << 30)
-    assert [run.sides for run in chosen] == [VLLM_SIDES]
 
 
 def test_throughput_is_held_against_the_best_peer_and_says_who_is_missing() -> None:
@@ -384,26 +369,7 @@ def test_a_meter_counts_the_tree_and_keeps_what_has_ended(tmp_path: Path) -> Non
         process.stdin.close()
 
 
-# ---------------------------------------------------------------------------------------------------- plan and results
-
-
-def test_the_default_profile_fits_its_time() -> None:
-    profile = plan.DEFAULT
-
-    def seconds(stages: list[str], wanted: Sequence[str] | None = None) -> float:
-        runs = compare.runs_of(profile, stages, wanted)
-        return sum(one.seconds for run in runs for one in run.estimates())
-
-    # What its help says: about an hour.
-    assert 600 < seconds(["vllm", "sglang"]) < 60 * 60
-    assert seconds(["vllm"], VLLM_SIDES[:3]) < seconds(["vllm"])
-    assert [run.name for run in compare.runs_of(plan.FULL, ["vllm", "sglang"])] == ["vllm", "vllm, long", "sglang"]
-    for one in plan.PROFILES.values():
-        assert max(one.documents.longest, one.conversations.longest, one.rag.longest) <= one.max_model_len
-        # vLLM starts only where its longest request fits into its pool.
-        assert one.kv_bytes > one.max_model_len * KV_BYTES_PER_TOKEN[one.model]
-        assert one.conversations.count // one.conversations.together >= 2
-        assert one.documents.lengths.count(one.documents.longest) * one.documents.restores >= 2
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 def test_a_record_is_whole_at_any_moment_and_names_no_folder(tmp_path: Path) -> None:
@@ -482,12 +448,3 @@ def test_a_stage_that_dies_leaves_what_it_wrote(tmp_path: Path, monkeypatch: pyt
     assert body["stages"]["vllm"]["error"] == "it ended with code -9"
     assert len(body["stages"]["vllm"]["batches"]) == 12
     assert "did not reach its end" in (tmp_path / "out" / "RESULTS.md").read_text()
-
-
-def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--sides", "memkv;nobody"], ["--stages", "trt"]):
-        with pytest.raises(SystemExit):
-            compare.main(arguments)
-    assert "nobody" in capsys.readouterr().err
-    assert compare.main(["--plan", "--profile", "tiny"]) == 0
-    assert "estimate" in capsys.readouterr().out

@@ -12,8 +12,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare import plan, side
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, RESUMED, Clock, Driver
+from benchmarks.compare import plan, side, stage
+from benchmarks.compare.driver import Clock, Driver
+from benchmarks.compare.names import (
+    AGAIN,
+    CONVERSATIONS,
+    DOCUMENTS,
+    FIRST,
+    LOCAL,
+    NATIVE,
+    PREFIX_CACHE,
+    RAG,
+    REPETITION,
+    RESUMED,
+    WORKLOADS,
+)
 from benchmarks.compare.record import Record, batches_of
 from benchmarks.compare.side import Reply, Result, Side, SideFailed
 
@@ -23,6 +36,8 @@ TALK = plan.Conversations(count=4, together=2, turns=3, document_tokens=6, user_
 
 class Corpus:
     """Tokens that never repeat."""
+
+    vocabulary = 100
 
     def __init__(self) -> None:
         self.next = 0
@@ -133,6 +148,19 @@ def test_a_side_may_leave_documents_out(tmp_path: Path) -> None:
     body = run_all(sides, tmp_path / "record.json")
     asked = {one.name: {b["workload"] for b in batches_of(body["batches"], side=one.name)} for one in sides}
     assert asked["a"] - asked["talks"] == {DOCUMENTS} and CONVERSATIONS in asked["talks"]
+
+
+@pytest.mark.parametrize("workloads", [(CONVERSATIONS,), (DOCUMENTS,), (RAG, REPETITION), WORKLOADS])
+def test_a_profile_asks_for_its_workloads_and_no_other(tmp_path: Path, workloads: tuple[str, ...]) -> None:
+    profile = replace(plan.TINY, documents=DOCUMENTS_PLAN, conversations=TALK, workloads=workloads)
+    record, clock = Record(tmp_path / "x.json", {}), Clock(1.0)
+    driver = Driver(record, clock, lambda line: None)
+    driver.add({NATIVE: lambda: FakeSide(NATIVE, tmp_path), PREFIX_CACHE: lambda: FakeSide(PREFIX_CACHE, None)})
+    corpus: Any = Corpus()
+    stage.run_vllm(driver, profile, corpus, stage.Run(record, clock, lambda line: None))
+    asked = {batch["workload"] for batch in record.body["batches"]}
+    assert asked == {*workloads, *([RESUMED] if CONVERSATIONS in workloads else [])}
+    driver.close()
 
 
 def test_sides_without_a_tier_take_part_in_the_first_rounds_only(tmp_path: Path) -> None:

@@ -14,9 +14,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare.driver import AGAIN, CONVERSATIONS, DOCUMENTS, FIRST, LOCAL, RAG, REPETITION, RESUMED
 from benchmarks.compare.intervals import MET, MISSED, UNDECIDED
-from benchmarks.compare.names import MEMKV, NATIVE, PREFIX_CACHE
+from benchmarks.compare.names import (
+    AGAIN,
+    CONVERSATIONS,
+    DOCUMENTS,
+    FIRST,
+    LOCAL,
+    MEMKV,
+    NATIVE,
+    PREFIX_CACHE,
+    RAG,
+    REPETITION,
+    RESUMED,
+)
 from benchmarks.compare.plan import TINY
 from benchmarks.engine_run import FORKS_FROM
 from tests.engines.vllm.scenario import engines
