@@ -267,7 +267,7 @@ TALKS = replace(
     name="conversations",
     conversations=replace(DEFAULT.conversations, rounds=12),
     workloads=(CONVERSATIONS,),
-    vllm_minutes=25.0,
+    vllm_minutes=45.0,
     vllm_sides=(NATIVE, MEMKV, MEMKV_CACHED),
     apart="",
 )
