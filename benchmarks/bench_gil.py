@@ -24,8 +24,9 @@ import numpy as np
 from benchmarks.harness import BUILD, drop_from_page_cache, environment, median, percentile, print_table, write_json
 from memkv_engines.errors import MemKVError
 from memkv_engines.offload import channel
-from memkv_engines.offload.client import IoClient, LoadResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.messages import GroupSpec, LoadRun, Setup, StoreChunk, TileSpec
+from memkv_engines.offload.results import LoadResult
 
 MODES = {"process": "on", "thread": "off"}
 CACHES = {"page cache": "off", "cold, direct": "on"}

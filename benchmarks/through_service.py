@@ -15,9 +15,10 @@ import numpy as np
 from memkv_engines.chunk.layout import align_up
 from memkv_engines.keys import Namespace
 from memkv_engines.limits import MIB
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import GroupSpec, LoadRun, ProtectionSpec, Setup, StoreChunk, TileSpec
+from memkv_engines.offload.results import LoadResult, StoreResult
 from memkv_engines.offload.service import staging_slots
 
 LAYERS = 32

@@ -71,6 +71,9 @@ class TierConfig:
         "O_DIRECT: auto (probe and time), on, off; page_cache: buffered, and chunks stay in memory that is free",
         choices=("auto", "on", "off", "page_cache"),
     )
+    memory_bytes: int = _key(
+        0, "memory per worker before the directory, in which the chunks stay that were stored or loaded last; 0: none"
+    )
 
 
 @dataclass(frozen=True)

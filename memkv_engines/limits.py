@@ -114,6 +114,12 @@ pending, up to two seconds a chunk."""
 TIER_WATCH_S = 2.0
 """How often an I/O process looks whether its directory is still the one at its path."""
 SHUTDOWN_DRAIN_TIMEOUT_S = 10.0
+NOTE_USE_EVERY_S = 60.0
+"""A chunk that is loaded from memory is opened in the tier at most this often, so that eviction knows of its use."""
+MAX_RESIDENTS = 1 << 20
+"""Chunks in the memory of an I/O service that the engine's side keeps in mind; of more it learns nothing."""
+MAX_USES_NOTED = 4096
+"""Such openings that may wait; of more uses the tier learns later."""
 
 # --- scheduler side ---------------------------------------------------------
 INDEX_WAYS = 8
@@ -226,6 +232,7 @@ assert LEAF_BYTES % ALIGN_BYTES == 0
 assert MIN_CHUNK_TARGET_BYTES <= DEFAULT_CHUNK_TARGET_BYTES <= MAX_CHUNK_TARGET_BYTES
 assert MAX_CHUNK_TARGET_BYTES < MAX_BLOCK_BYTES < MAX_CHUNK_BYTES
 assert KEY_BYTES <= HASH_BYTES
+assert NOTE_USE_EVERY_S * 10**9 >= TOUCH_EVERY_NS
 assert GPU_TILE_BYTES % 16 == 0 and GPU_TILE_BYTES <= ALIGN_BYTES
 assert GPU_COPY_ENGINE_MIN_BYTES <= GPU_SINGLE_COPY_MIN_BYTES
 assert GPU_COPY_CTAS <= GPU_DIGEST_CTAS <= GPU_MAX_CTAS

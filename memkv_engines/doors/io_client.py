@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from memkv_engines.chunk.layout import KVLayout, Tile, align_up
 from memkv_engines.config import Config, split_paths
+from memkv_engines.doors.free_memory import require_memory
 from memkv_engines.doors.protection import protection_spec
 from memkv_engines.errors import ConfigError
 from memkv_engines.limits import GPU_DEFAULT_SLOTS, GPU_MAX_SLOTS, GPU_STAGING_BYTES
@@ -60,7 +61,8 @@ def worker_client(
         pages: where the groups' tiles are in device memory; None: in host memory.
 
     Raises:
-        ConfigError: too little staging for this model, or GPUDirect was asked for and cannot be had.
+        ConfigError: too little staging for this model, more memory than is free, or GPUDirect was asked for and cannot
+            be had.
         GpuUnavailable: no driver, device or kernels.
     """
 
@@ -73,10 +75,11 @@ def worker_client(
             counters=counters,
         )
 
+    require_memory("memory_bytes", config.tier.memory_bytes)
     if pages is None:
         advise_huge_pages(groups)
         return make_client(groups)
-    policy = Policy.of(config)
+    policy = _policy(config)
     chosen = plan(policy, *split_paths(config.tier.path), on_gpu=True, threads=config.io.io_threads)
     log.info(
         "KV cache on a GPU: %s, staged in %s memory (%s)", chosen.decision.kind, chosen.decision.medium, chosen.reason
@@ -97,6 +100,21 @@ def worker_client(
         load_timeout_ms=config.io.load_timeout_ms,
         fence_timeout_ms=config.io.fence_timeout_ms,
     )
+
+
+def _policy(config: Config) -> Policy:
+    """What is asked for; chunks that pass by the host's memory cannot stay in it."""
+    policy = Policy.of(config)
+    if not config.tier.memory_bytes:
+        return policy
+    for key, value in (("staging_medium", policy.staging_medium), ("gds", policy.gds)):
+        if value in (GPU, "on"):
+            raise ConfigError(
+                f"{key}={value} and memory_bytes={config.tier.memory_bytes}: chunks that go from the GPU to the drive "
+                "never are in the host's memory; leave out one of the two"
+            )
+    log.info("memory_bytes: chunks are staged in host memory, in which they stay")
+    return replace(policy, staging_medium="host")
 
 
 def _direct_client(
@@ -155,6 +173,7 @@ def _setup(config: Config, groups: Sequence[GroupSpec], *, stores: bool, on_gpu:
         nixl_plugin=config.transport.nixl_plugin,
         staging_medium="auto" if on_gpu else config.transport.staging_medium,
         protection=protection_spec(config),
+        memory_bytes=config.tier.memory_bytes,
     )
 
 

@@ -23,7 +23,7 @@ from memkv_engines.chunk.layout import align_up
 from memkv_engines.config import Config, split_paths
 from memkv_engines.doors.io_client import worker_client
 from memkv_engines.doors.protection import protection_spec
-from memkv_engines.errors import IoServiceError, MemKVError, TierUnavailable
+from memkv_engines.errors import ConfigError, IoServiceError, MemKVError, TierUnavailable
 from memkv_engines.keys import ChunkKey, Namespace, Shard
 from memkv_engines.limits import (
     BAD_OBJECT_S,
@@ -124,10 +124,15 @@ class ObjectStore:
         arena: where buffers lie; None where there are only look-ups.
 
     Raises:
-        ConfigError: the tier cannot be used.
+        ConfigError: the tier cannot be used, or ``memory_bytes`` was given.
     """
 
     def __init__(self, config: Config, arena: Arena | None) -> None:
+        if config.tier.memory_bytes:
+            raise ConfigError(
+                f"memory_bytes={config.tier.memory_bytes}: LMCache has a level of memory of its own; leave out "
+                "memory_bytes, and give LMCache more (--l1-size-gb, or max_local_cpu_size)"
+            )
         self._config, self._arena = config, arena
         self._probe_timeout_s = config.lookup.probe_timeout_ms / 1000
         # Starting a service may take seconds: what only reads must not wait for it.

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from memkv_engines.errors import IoServiceError
 from memkv_engines.limits import PROBE_SILENCE_MAX_S, PROBE_SILENCE_S
 from memkv_engines.offload.breaker import Breaker
-from memkv_engines.offload.client import LoadResult, StoreResult
 from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Segment, StoreChunk
+from memkv_engines.offload.results import LoadResult, StoreResult
 
 Answer = LoadResult | StoreResult | ProbeDone
 _HOUSEKEEPING_S = 0.05
@@ -117,6 +117,12 @@ class BlockingClient:
                 self._client.counters.add("probe_timeouts")
                 self._probe_breaker.failed()
         return answer.segments if isinstance(answer, ProbeDone) else ()
+
+    def in_memory(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which chunks lie in the service's memory, by ``resident_key``, as far as it has told. Does not block long."""
+        with self._lock:
+            residents = self._client.residents
+            return [key in residents for key in keys] if len(residents) else [False] * len(keys)
 
     def manifest(self, manifest: Manifest) -> None:
         """Record a namespace, best effort."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -27,13 +27,12 @@ from memkv_engines.limits import (
     TRIAL_LOAD_S,
 )
 from memkv_engines.log import get_logger
-from memkv_engines.metrics import COUNTERS, Counters
+from memkv_engines.metrics import Counters
 from memkv_engines.offload.backends import Backend, ProcessBackend, ThreadBackend, still_dying
 from memkv_engines.offload.breaker import Breaker
 from memkv_engines.offload.messages import (
-    IN_TIER,
-    STOPPED,
     Gathered,
+    InMemory,
     Load,
     LoadDone,
     LoadRun,
@@ -48,40 +47,10 @@ from memkv_engines.offload.messages import (
     StoreChunk,
     StoreDone,
 )
+from memkv_engines.offload.residents import Residents
+from memkv_engines.offload.results import LoadResult, StoreResult, count_load, count_store
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """Answer to a load: per run its good leading blocks and why it stopped there.
-
-    ``read_bytes`` were read in ``seconds`` from its submission on; 0 where that is not known.
-    """
-
-    job_id: int
-    good_blocks: tuple[int, ...]
-    kinds: tuple[str, ...]
-    read_bytes: int = field(default=0, compare=False)
-    seconds: float = field(default=0.0, compare=False)
-
-    @property
-    def measures_tier(self) -> bool:
-        """Whether it tells how fast the tier is: nothing was wrong, though it may have been stopped."""
-        return self.read_bytes > 0 and not {*self.kinds} - {"", STOPPED}
-
-
-@dataclass(frozen=True)
-class StoreResult:
-    """Answer to a store: per chunk ``stored | present | shed | full | failed``."""
-
-    job_id: int
-    outcomes: tuple[str, ...]
-
-    @property
-    def lost(self) -> list[str]:
-        """Outcomes of the chunks that are not in the tier, in their order."""
-        return [outcome for outcome in self.outcomes if outcome not in IN_TIER]
 
 
 @dataclass
@@ -106,6 +75,10 @@ class IoClient:
         store_silence_s: a service that has stores and answers none for so long is ended, once no load is pending.
         counters: where to count.
         make_backend: makes the service itself, in place of ``io_process``; may be called again after a loss.
+
+    Attributes:
+        counters: as given, or its own.
+        residents: chunks that lie in the service's memory, as far as it has told.
     """
 
     def __init__(
@@ -127,6 +100,7 @@ class IoClient:
         self._store_silence_s = store_silence_s
         self._block_bytes = {g.group: g.block_bytes for g in setup.groups}
         self.counters = counters or Counters()
+        self.residents = Residents()
         self.ready = Ready()
         self._backend: Backend | None = None
         self._starting: Backend | None = None
@@ -371,49 +345,23 @@ class IoClient:
                     self._fail_load(reply.job_id, pending.parts)
                 return
             self._breaker.succeeded()
-            self._count_load(reply)
-            self._results.append(_result_of(reply))
+            count_load(self.counters, reply)
+            self._results.append(LoadResult.of(reply))
         elif isinstance(reply, StoreDone):
             self._store_news = time.monotonic()
             if self._stores.pop(reply.job_id, None) is not None:
-                self._count_store(reply)
+                count_store(self.counters, reply)
                 self._results.append(StoreResult(reply.job_id, reply.outcomes))
+        elif isinstance(reply, InMemory):
+            self.residents.take_news(reply.came, reply.went)
         elif isinstance(reply, ProbeDone):
             self._probe_news = time.monotonic()
             self._probes.discard(reply.probe_id)
             self._results.append(reply)
 
-    def _count_load(self, reply: LoadDone) -> None:
-        count = self.counters.add
-        count("load_jobs")
-        count("load_blocks", sum(reply.good_blocks))
-        count("load_bytes", reply.read_bytes)
-        count("load_microseconds", reply.elapsed_us)
-        count("load_chunks", reply.chunks)
-        count("load_rereads", reply.reread)
-        if STOPPED in reply.kinds:
-            count("load_stopped")
-        failures = [kind for kind in reply.kinds if kind and kind != STOPPED]
-        if failures:
-            count("load_jobs_failed")
-        for kind in failures:
-            count(f"miss_{kind}" if f"miss_{kind}" in MISS_COUNTERS else "miss_io_error")
-
-    def _count_store(self, reply: StoreDone) -> None:
-        names = {
-            "stored": "store_chunks",
-            "present": "store_present",
-            "shed": "store_shed",
-            "full": "store_full",
-            "failed": "store_failed",
-        }
-        for outcome in reply.outcomes:
-            self.counters.add(names.get(outcome, "store_failed"))
-        self.counters.add("store_bytes", reply.written_bytes)
-        self.counters.add("store_payload_bytes", reply.payload_bytes)
-
     def _lose_service(self, why: str) -> None:
         log.warning("I/O service lost: %s; its jobs become misses", why)
+        self.residents.clear()
         backend, self._backend = self._backend, None
         if backend is not None:
             # Only after this is it safe to tell the engine that its pages are its own again.
@@ -479,10 +427,3 @@ class IoClient:
     def _give_up_restart(self, why: str) -> None:
         log.warning("I/O service does not start: %s", why)
         self._breaker.failed()
-
-
-def _result_of(reply: LoadDone) -> LoadResult:
-    return LoadResult(reply.job_id, reply.good_blocks, reply.kinds, reply.read_bytes, reply.elapsed_us / 1e6)
-
-
-MISS_COUNTERS = frozenset(name for name in COUNTERS if name.startswith("miss_"))

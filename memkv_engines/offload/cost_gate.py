@@ -8,8 +8,11 @@ and P(a, b) for the prefill of [a, b) (``estimates``), loading up to k costs the
 What is best? L grows by the same amount with each token, while a token's prefill costs the more the later it is. So
 T' falls as k grows, T is concave, and its least value is at an end: **all or nothing**. A load must be a prefix, and
 the tokens worth most are the last ones; where a part is worth loading, all is worth more. P(h, n) is paid either way,
-so the question is whether L([c, h)) <= P(c, h). (With several levels of different speed the ends of each level's part
-would be candidates, too; there is one.)
+so the question is whether L([c, h)) <= P(c, h).
+
+With two levels of different speed, memory and the tier behind it, the ends of each level's part are candidates, too. So
+of a hit whose leading part lies in memory, [c, m), that part is judged for itself, and then the rest, [m, h), as a hit
+that begins where memory ends. Memory in the middle of a hit only makes it cheaper.
 
 What waits before the request is left out on both sides: without a tier, the same requests would wait for each other's
 prefill, and where each load is no longer than the prefill it saves, neither is a queue of them. (Measured loads are
@@ -26,7 +29,8 @@ Exceptions, each bounded:
 - *Overdue.* While a load is long past its stop nothing else is loaded: the tier hangs.
 - *Trials.* Who declines never learns that the tier is well again. So now and then a leading part is loaded: as much as
   takes ``TRIAL_SHARE`` of the prefill it belongs to, at least a chunk, and so seldom that trials take no more than
-  ``TRIAL_DUTY`` of the time. After one that was much faster than expected the next one may follow at once.
+  ``TRIAL_DUTY`` of the time. After one that was much faster than expected the next one may follow at once. (Memory
+  needs none: where it was found slower than recomputing, which takes a machine in trouble, that is forgotten at once.)
 - *Negligible.* A load of ``NEGLIGIBLE_LOAD_S`` is always made: that is noise to the request.
 
 Decisions have hysteresis per length (a power of two): what was declined must be predicted to save ``RESUME_GAIN``
@@ -64,20 +68,42 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """What could be loaded: tokens [start, stop) of a request, in so many bytes of the slowest rank."""
+    """What could be loaded: tokens [start, stop) of a request, in so many bytes of the slowest rank.
+
+    Attributes:
+        start, stop, size_bytes: as told.
+        memory_tokens: so many of the first tokens lie in memory on every rank; all, or a multiple of the block size.
+        memory_bytes: so many of all bytes do.
+    """
 
     start: int
     stop: int
     size_bytes: int
+    memory_tokens: int = 0
+    memory_bytes: int = 0
 
     @property
     def tokens(self) -> int:
         """How many."""
         return self.stop - self.start
 
+    @property
+    def tier_bytes(self) -> int:
+        """What must be read."""
+        return max(0, self.size_bytes - self.memory_bytes)
+
     def leading(self, tokens: int) -> Candidate:
         """Its first tokens."""
-        return Candidate(self.start, self.start + tokens, self.size_bytes * tokens // max(1, self.tokens))
+        size_bytes = self.size_bytes * tokens // max(1, self.tokens)
+        memory_tokens = min(tokens, self.memory_tokens)
+        memory_bytes = size_bytes if memory_tokens == tokens else min(size_bytes, self.memory_bytes)
+        return Candidate(self.start, self.start + tokens, size_bytes, memory_tokens, memory_bytes)
+
+    def behind(self, tokens: int) -> Candidate:
+        """What follows its first tokens, which lie in memory."""
+        first = self.leading(tokens)
+        memory_bytes = max(0, self.memory_bytes - first.memory_bytes)
+        return Candidate(first.stop, self.stop, self.size_bytes - first.size_bytes, 0, memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class Verdict:
 
     Attributes:
         tokens: from the hit's start on; all, a leading part, or none.
-        reason: ``faster | negligible | unmeasured | trial | slower | off``.
+        reason: ``faster | negligible | unmeasured | trial | slower | memory | off``; of what is read, if anything is.
     """
 
     tokens: int
@@ -98,8 +124,8 @@ class LoadTicket:
     """A load under way.
 
     Attributes:
-        size_bytes: what it shall bring.
-        ahead_bytes: what loads before it shall still bring; they share the tier, and are served in order.
+        size_bytes: what it shall read from the tier.
+        ahead_bytes: what loads before it shall still read; they share the tier, and are served in order.
         predicted_s: what it should take with its waiting; 0 where that was unknown.
         stop_s: to be stopped as soon as it is seen to take longer, from its first chunk on; 0: never.
         overdue_at: when it should long have ended.
@@ -129,7 +155,7 @@ class CostGate:
         self.enabled = enabled
         self.counters = counters or Counters()
         self._clock = clock
-        self._load, self._prefill = LoadCost(clock), PrefillCost(clock)
+        self._load, self._memory, self._prefill = LoadCost(clock), LoadCost(clock), PrefillCost(clock)
         self._under_way: list[LoadTicket] = []
         self._declining: dict[int, bool] = {}
         self._next_trial, self._trials = 0.0, 0
@@ -144,25 +170,32 @@ class CostGate:
         """A load begins; ``load_ended`` must follow, whatever becomes of it."""
         with self._lock:
             ahead = sum(t.size_bytes for t in self._under_way)
-            trial_s = self._take_trial(hit)
-            stop_s = max(STOP_FLOOR_S, STOP_MARGIN * max(self._worth(hit), trial_s))
-            stop_s *= self.enabled
-            predicted_s = self._load.seconds(ahead + hit.size_bytes)
+            read = hit.behind(hit.memory_tokens)
+            trial_s = self._take_trial(read)
+            stop_s = self.enabled * self._stop_s(read, trial_s)
+            predicted_s = self._load.seconds(ahead + hit.tier_bytes) if hit.tier_bytes else 0.0
             waits_until = max((t.overdue_at - OVERDUE_SLACK_S for t in self._under_way), default=0.0)
-            overdue_at = max(self._clock(), waits_until) + stop_s + OVERDUE_SLACK_S
-            ticket = LoadTicket(hit.size_bytes, ahead, predicted_s, stop_s, overdue_at, trial_s > 0)
+            overdue_at = max(self._clock(), waits_until) + self._stop_s(hit, trial_s) + OVERDUE_SLACK_S
+            ticket = LoadTicket(hit.tier_bytes, ahead, predicted_s, stop_s, overdue_at, trial_s > 0)
             self._under_way.append(ticket)
             return ticket
 
     def load_ended(
-        self, ticket: LoadTicket, read_bytes: int = 0, seconds: float = 0.0, *, stopped: bool = False
+        self,
+        ticket: LoadTicket,
+        read_bytes: int = 0,
+        seconds: float = 0.0,
+        *,
+        memory_bytes: int = 0,
+        stopped: bool = False,
     ) -> None:
         """A load ended.
 
         Args:
             ticket: as it began.
-            read_bytes: what it read; 0: it failed, and tells nothing.
-            seconds: how long that took with its waiting.
+            read_bytes: what it read.
+            seconds: how long that took with its waiting; 0: it failed, and tells nothing.
+            memory_bytes: what it took from memory.
             stopped: it was stopped for being slow.
         """
         with self._lock:
@@ -173,8 +206,13 @@ class CostGate:
             for other in self._under_way[later:]:
                 # Stopped early: those behind did not wait for all of it.
                 other.ahead_bytes -= max(0, ticket.size_bytes - read_bytes)
-            if not self.enabled or read_bytes <= 0 or seconds <= 0:
+            if not self.enabled or seconds <= 0:
                 return
+            if read_bytes <= 0:
+                self._memory.observe(memory_bytes, seconds)
+                return
+            if memory_bytes > read_bytes and not stopped:
+                return  # Most of the time went into what was not read.
             moved = max(0, ticket.ahead_bytes) + read_bytes
             better = ticket.is_trial and 2 * seconds < self._load.seconds(moved)
             if better:
@@ -212,7 +250,7 @@ class CostGate:
         if not self.enabled:
             return Verdict(hit.tokens, "off")
         with self._lock:
-            verdict = self._judge(hit, block_tokens, max(least_tokens, MIN_TRIAL_TOKENS))
+            verdict = self._judge_levels(hit, block_tokens, max(least_tokens, MIN_TRIAL_TOKENS))
             self.counters.add(f"gate_{verdict.reason}")
             self.counters.add("gate_declined_tokens", hit.tokens - verdict.tokens)
             held = self._lines.admit(verdict.reason) if verdict.tokens < hit.tokens else None
@@ -234,25 +272,39 @@ class CostGate:
             return self._prefill.seconds(hit.start, hit.stop)
         return max(COLD_LOAD_S, hit.size_bytes / PRIOR_PREFILL_BYTES_PER_S)
 
+    def _stop_s(self, hit: Candidate, trial_s: float) -> float:
+        return max(STOP_FLOOR_S, STOP_MARGIN * max(self._worth(hit), trial_s))
+
     def _take_trial(self, hit: Candidate) -> float:
         """What a load may take if it is a trial: more than it saves, since it would teach nothing else; else 0.
 
         Only a load that begins ends the turn: other ranks, whose turn may come later, must have agreed to it.
         """
         stop, budget_s = self._offers.get(hit.start, (0, 0.0))
-        if hit.stop > stop:
+        if hit.stop > stop or not hit.tokens:
             return 0.0
         self._offers.clear()
         self._trials += 1
         self._next_trial = self._clock() + max(TRIAL_PAUSE_S, self._load.seconds(hit.size_bytes) / TRIAL_DUTY)
         return budget_s
 
+    def _judge_levels(self, hit: Candidate, block_tokens: int, least_tokens: int) -> Verdict:
+        if not hit.memory_tokens:
+            return self._judge(hit, block_tokens, least_tokens)
+        first, rest = hit.leading(hit.memory_tokens), hit.behind(hit.memory_tokens)
+        if self._memory.seconds(first.size_bytes) > max(NEGLIGIBLE_LOAD_S, self._worth(first)):
+            self._memory.forget()
+            return Verdict(0, "slower")
+        more = self._judge(rest, block_tokens, least_tokens) if rest.tokens else Verdict(0, "")
+        return Verdict(first.tokens + more.tokens, more.reason if more.tokens else "memory")
+
     def _judge(self, hit: Candidate, block_tokens: int, least_tokens: int) -> Verdict:
         if self._overdue():
             return Verdict(0, "slower")
         if not self._load.known:
             return Verdict(hit.tokens, "unmeasured")
-        load_s, worth_s = self._load.seconds(hit.size_bytes), self._worth(hit)
+        load_s = self._load.seconds(hit.tier_bytes) + self._memory.seconds(hit.memory_bytes)
+        worth_s = self._worth(hit)
         if load_s <= NEGLIGIBLE_LOAD_S:
             return Verdict(hit.tokens, "negligible")
         length = hit.tokens.bit_length()

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from memkv_engines.log import get_logger
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_loads import DeviceLoads
 from memkv_engines.offload.device_stores import DeviceStores
 from memkv_engines.offload.messages import GroupSpec, LoadRun, Manifest, Probe, ProbeDone, Ready, StoreChunk
 from memkv_engines.offload.moving import Mover, pause_quietly, wake_quietly
 from memkv_engines.offload.pinned import PinnedStaging
+from memkv_engines.offload.residents import Residents
+from memkv_engines.offload.results import LoadResult, StoreResult
 
 log = get_logger(__name__)
 
@@ -84,6 +86,11 @@ class DeviceIoClient:
     def ready(self) -> Ready:
         """The I/O service's greeting."""
         return self._client.ready
+
+    @property
+    def residents(self) -> Residents:
+        """As ``IoClient.residents``."""
+        return self._client.residents
 
     @property
     def child_pid(self) -> int | None:

@@ -15,12 +15,13 @@ import numpy as np
 
 from memkv_engines.errors import GpuError, IoServiceError
 from memkv_engines.log import get_logger
-from memkv_engines.offload.client import IoClient, LoadResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.loading import LoadChunk, LoadOutcome
 from memkv_engines.offload.messages import STOPPED, LoadRun
 from memkv_engines.offload.moving import Mover, Moving
 from memkv_engines.offload.outcomes import LoadTally
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
+from memkv_engines.offload.results import LoadResult
 
 log = get_logger(__name__)
 
@@ -47,6 +48,7 @@ class _Part:
     slots: list[PinnedSlot] = field(default_factory=list)
     good: int = 0
     kind: str = ""
+    from_memory: bool = False
     unscattered: list[tuple[PinnedSlot, int, int]] = field(default_factory=list)
     moving: list[Moving] = field(default_factory=list)
 
@@ -104,8 +106,11 @@ class DeviceLoads:
 
     def take(self, result: LoadResult) -> None:
         """A message of the I/O service: what is good goes on into the pages."""
+        # Of chunks that were asked for together it is only known how much of all came from memory.
+        from_memory = result.memory_bytes > result.read_bytes
         for part, good, kind in zip(self._reading.pop(result.job_id), result.good_blocks, result.kinds, strict=True):
-            part.good, part.kind = good, kind
+            part.good, part.kind, part.from_memory = good, kind, from_memory
+            part.job.tally.need_no_reading(int(from_memory))
             start = 0
             for slot in part.slots:
                 count = max(0, min(slot.blocks, good - start))
@@ -237,7 +242,10 @@ class DeviceLoads:
         part.good, part.kind = min(part.good, start), "io_error"
 
     def _settle(self, part: _Part) -> None:
-        if part.job.tally.settle(part.run, part.index, LoadOutcome(part.good, part.kind, self._bytes_of(part))):
+        moved_bytes = part.good * self._block_bytes.get(part.chunk.group, 0)
+        read_bytes, memory_bytes = (0, moved_bytes) if part.from_memory else (moved_bytes, 0)
+        outcome = LoadOutcome(part.good, part.kind, read_bytes, memory_bytes=memory_bytes)
+        if part.job.tally.settle(part.run, part.index, outcome):
             self._finish(part.job)
 
     def _finish(self, job: _Job) -> None:
@@ -245,8 +253,7 @@ class DeviceLoads:
         good_blocks, kinds = job.tally.answer()
         if STOPPED in kinds:
             self._client.counters.add("load_stopped")
-        read_bytes = sum(outcome.read_bytes for outcome in job.tally.settled())
-        self._results.append(LoadResult(job.job_id, good_blocks, kinds, read_bytes, job.tally.elapsed_s))
-
-    def _bytes_of(self, part: _Part) -> int:
-        return part.good * self._block_bytes.get(part.chunk.group, 0)
+        settled = job.tally.settled()
+        read_bytes, memory_bytes = sum(o.read_bytes for o in settled), sum(o.memory_bytes for o in settled)
+        elapsed_s = job.tally.elapsed_s
+        self._results.append(LoadResult(job.job_id, good_blocks, kinds, read_bytes, elapsed_s, memory_bytes))

@@ -15,11 +15,12 @@ import msgspec
 from memkv_engines.errors import GpuError
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
-from memkv_engines.offload.client import IoClient, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.messages import StoreChunk
 from memkv_engines.offload.moving import Mover, Moving
 from memkv_engines.offload.outcomes import StoreTally
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
+from memkv_engines.offload.results import StoreResult
 
 log = get_logger(__name__)
 

@@ -19,12 +19,14 @@ from memkv_engines.errors import ConfigError, IoServiceError, TransportError
 from memkv_engines.limits import MIN_STAGING_SLOTS
 from memkv_engines.log import get_logger
 from memkv_engines.metrics import Counters
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_slots import DeviceSlots
 from memkv_engines.offload.direct_backend import DirectBackend
 from memkv_engines.offload.keeping import start_keepers
 from memkv_engines.offload.messages import LoadRun, Manifest, Probe, ProbeDone, Ready, Setup, StoreChunk
 from memkv_engines.offload.moving import SlotMover, pause_quietly, wake_quietly
+from memkv_engines.offload.residents import Residents
+from memkv_engines.offload.results import LoadResult, StoreResult
 from memkv_engines.tier.directory import DirectoryTier
 from memkv_engines.tier.striped import StripedTier
 
@@ -120,6 +122,11 @@ class DirectIoClient:
     def ready(self) -> Ready:
         """The greeting of what loads and stores."""
         return self._jobs.ready
+
+    @property
+    def residents(self) -> Residents:
+        """As ``IoClient.residents``."""
+        return self._jobs.residents
 
     @property
     def child_pid(self) -> int | None:

@@ -10,12 +10,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 from memkv_engines.errors import MemKVError
 from memkv_engines.log import get_logger
-from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome
+from memkv_engines.offload.loading import REMOVABLE_KINDS, ChunkLoad, LoadChunk, LoadOutcome, Staging
 from memkv_engines.offload.messages import STOPPED, Load, LoadDone
 from memkv_engines.offload.outcomes import LoadTally
 from memkv_engines.offload.threads import JOB_ERRORS, ThreadGroup
@@ -38,6 +38,7 @@ class _Job:
             sum(o.read_bytes for o in done),
             int(self.tally.elapsed_s * 1e6),
             sum(o.reread for o in done),
+            sum(o.memory_bytes for o in done),
         )
 
 
@@ -59,16 +60,6 @@ class _Item:
         return self.job.tally.is_pointless(self.run, self.index)
 
 
-class Staging(Protocol):
-    """Slots of staging memory, of whatever kind ``make_load`` takes."""
-
-    def acquire(self) -> Any:
-        """A free slot; blocks until there is one."""
-
-    def release(self, slot: Any, why: BaseException | None = None) -> None:
-        """Give it back, with what its use ended with."""
-
-
 class LoadJobs:
     """Executes load jobs.
 
@@ -76,6 +67,8 @@ class LoadJobs:
         tier: where chunks live.
         staging: slots; more than ``readers``, or placing holds reading up.
         make_load: makes the load of one chunk through a slot.
+        find_resident: makes the load of one chunk that lies in memory, and needs neither slot nor reading; None if it
+            does not, or nobody places.
         readers: threads that read.
         placers: threads that verify and scatter; 0 where that is no work for a core: then the readers do it.
         reply: called from any of them with each answer; must be thread-safe.
@@ -90,8 +83,10 @@ class LoadJobs:
         readers: int,
         placers: int,
         reply: Callable[[LoadDone], None],
+        find_resident: Callable[[LoadChunk], ChunkLoad | None] = lambda chunk: None,
     ) -> None:
         self._tier, self._staging, self._make_load, self._reply = tier, staging, make_load, reply
+        self._find_resident = find_resident
         self._readers, self._readers_place = readers, not placers
         self._wanted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
@@ -131,8 +126,24 @@ class LoadJobs:
             return
         with self._idle:
             self._pending += len(places)
-        for run, index in places:
-            self._wanted.put(_Item(job, run, index))
+        items = [_Item(job, run, index) for run, index in places]
+        resident = [self._resident(item) for item in items]
+        # Before any of them ends: what lies in memory tells nothing of how fast the others come.
+        job.tally.need_no_reading(sum(load is not None for load in resident))
+        for item, load in zip(items, resident, strict=True):
+            if load is None:
+                self._wanted.put(item)
+            else:
+                self._arrived.put(replace(item, load=load))
+
+    def _resident(self, item: _Item) -> ChunkLoad | None:
+        try:
+            load = self._find_resident(item.chunk)
+            if load is not None:
+                load.read()
+            return load
+        except JOB_ERRORS:
+            return None  # a reader will say why
 
     def _read(self, item: _Item) -> None:
         if item.is_pointless:
@@ -151,7 +162,7 @@ class LoadJobs:
                 self._staging.release(slot, error)
             self._settle(item, _failed(error))
             return
-        arrived = _Item(item.job, item.run, item.index, load)
+        arrived = replace(item, load=load)
         if self._readers_place:
             self._place(arrived)
         else:
@@ -169,11 +180,16 @@ class LoadJobs:
             else:
                 outcome = load.finish()
                 if outcome.kind in REMOVABLE_KINDS:
+                    load.forget()
+                    if load.is_resident:
+                        # Wrong in memory, not in the tier: once more, from there.
+                        self._wanted.put(replace(item, load=None))
+                        return
                     outcome = self._read_again(item, load.slot, outcome)
         except JOB_ERRORS as error:
             failure, outcome = error, _failed(error)
         finally:
-            self._staging.release(load.slot, failure)
+            load.give_back(self._staging, failure)
         self._settle(item, outcome)
 
     def _read_again(self, item: _Item, slot: Any, first: LoadOutcome) -> LoadOutcome:

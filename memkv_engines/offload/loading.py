@@ -1,14 +1,14 @@
 """One chunk from the tier into pages, in two steps: read (the drive works), then verify and scatter.
 
-``ChunkLoad`` has what does not depend on where the chunk is staged; ``HostLoad`` stages in host memory, verifies there
-and scatters into pages of the host. ``direct_loads`` does it in device memory.
+``ChunkLoad`` has what does not depend on where the chunk is staged. ``host_loads`` stages in host memory, verifies
+there and scatters into pages of the host; ``direct_loads`` does it in device memory.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,6 @@ from memkv_engines.chunk.codec import (
     Geometry,
     check_header,
     decode_header,
-    kind_of_bad_block,
-    verify_blocks,
 )
 from memkv_engines.chunk.protection import Protection
 from memkv_engines.errors import ChunkDamaged, ChunkError, ChunkForeign, ChunkTruncated, IoServiceError
@@ -27,10 +25,19 @@ from memkv_engines.keys import ChunkName, namespace_folder
 from memkv_engines.limits import KEY_BYTES
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import LoadRun, split_hashes
-from memkv_engines.offload.pages import Pages
-from memkv_engines.offload.staging import Slot
 from memkv_engines.tier.base import ChunkReader, Tier
 from memkv_engines.transports.base import View
+
+
+class Staging(Protocol):
+    """Slots of staging memory, of whatever kind the loads take."""
+
+    def acquire(self) -> Any:
+        """A free slot; blocks until there is one."""
+
+    def release(self, slot: Any, why: BaseException | None = None) -> None:
+        """Give it back, with what its use ended with."""
+
 
 REMOVABLE_KINDS = frozenset({"truncated", "damaged", "foreign", "unauthenticated", "forged"})
 """What stands where a right chunk could. A chunk of another key or a later format is somebody's, and stays."""
@@ -90,13 +97,37 @@ def expand_run(run: LoadRun) -> list[LoadChunk]:
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """Blocks that are good and in place, what stopped the rest (empty: nothing), the bytes read, and whether it took a
-    second reading."""
+    """What became of one chunk.
+
+    Attributes:
+        good_blocks: verified and in place.
+        kind: what stopped the rest; empty: nothing.
+        read_bytes: from the tier.
+        reread: it took a second reading.
+        memory_bytes: from the level of memory before the tier.
+    """
 
     good_blocks: int
     kind: str
     read_bytes: int
     reread: bool = False
+    memory_bytes: int = 0
+
+
+def place_of(chunk: LoadChunk, group: Group) -> tuple[str, ChunkName]:
+    """Folder and name of the chunk.
+
+    Raises:
+        IoServiceError: hashes are missing.
+    """
+    if not len(chunk.block_ids) or len(chunk.hashes) < chunk.take_first + len(chunk.block_ids):
+        raise IoServiceError("a load needs the hashes of the blocks it takes")
+    if len(chunk.last) != KEY_BYTES:
+        raise IoServiceError("a chunk is named by a 16-byte prefix of its last hash")
+    name = ChunkName(
+        chunk.hashes[0][:KEY_BYTES], chunk.last, chunk.block_count, chunk.holes, chunk.group, group.shard.text
+    )
+    return namespace_folder(chunk.namespace), name
 
 
 class ChunkLoad(ABC):
@@ -117,29 +148,20 @@ class ChunkLoad(ABC):
         self._hashes = chunk.hashes
         self._take = len(chunk.block_ids)
         self._stop = chunk.take_first + self._take
-        if not self._take or len(self._hashes) < self._stop or len(chunk.last) != KEY_BYTES:
-            raise IoServiceError("a load needs the hashes of the blocks it takes")
-        self.name = ChunkName(
-            self._hashes[0][:KEY_BYTES],
-            chunk.last,
-            chunk.block_count,
-            chunk.holes,
-            chunk.group,
-            group.shard.text,
-        )
-        self.folder = namespace_folder(chunk.namespace)
+        self.folder, self.name = place_of(chunk, group)
         self._geometry = Geometry(chunk.block_count, group.block_bytes, group.block_tokens)
-        self._good = self._read_bytes = 0
+        self._good = self._read_bytes = self._memory_bytes = 0
         self._kind = ""
         self._reader: ChunkReader | None = None
         self._header: ChunkHeader | None = None
+        self._has_header = self._is_from_memory = False
         # The piece in the slot: blocks [first, stop) of the chunk; empty once it is in the pages.
         self._piece_first = self._piece_stop = chunk.take_first
 
     def read(self) -> None:
         """Open the chunk and read what fits in the slot. Blocking; trouble with the chunk is kept for ``finish``."""
         try:
-            reader = self._tier.open(self.folder, self.name)
+            reader = self._open()
         except ChunkError as error:
             self._kind = error.kind
             return
@@ -169,13 +191,28 @@ class ChunkLoad(ABC):
             self._kind = error.kind
         finally:
             self.close()
-        return LoadOutcome(self._good, self._kind, self._read_bytes)
+        return LoadOutcome(self._good, self._kind, self._read_bytes, memory_bytes=self._memory_bytes)
 
     def close(self) -> None:
         """Close the chunk; may be called again."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it takes the chunk from memory where others may take it from, too, and has no slot of its own."""
+        return False
+
+    def give_back(self, staging: Staging, failure: BaseException | None = None) -> None:
+        """Let go of the slot, with what its use ended with; once, after ``close``."""
+        staging.release(self.slot, failure)
+
+    def forget(self) -> None:  # noqa: B027 - optional
+        """The chunk was wrong: whatever copy of it is kept outside the tier is not to be used again."""
+
+    def _open(self) -> ChunkReader:
+        return self._tier.open(self.folder, self.name)
 
     def _check_size(self, reader: ChunkReader) -> None:
         if reader.object_bytes < self._geometry.object_bytes:
@@ -190,14 +227,18 @@ class ChunkLoad(ABC):
             raise IoServiceError("a block larger than a staging slot")
         first = self._piece_stop
         stop = min(first + room, self._stop)
-        with_header = not self._read_bytes
+        with_header, self._has_header = not self._has_header, True
         if with_header and first == 0:
             reader.read(self._views(stop, header=True), 0)
         else:
             if with_header:
                 reader.read(self._views(0, header=True), 0)
             reader.read(self._views(stop - first, header=False), g.block_offset(first))
-        self._read_bytes += (stop - first) * g.block_stride_bytes + (g.header_bytes if with_header else 0)
+        moved_bytes = (stop - first) * g.block_stride_bytes + (g.header_bytes if with_header else 0)
+        if self._is_from_memory:
+            self._memory_bytes += moved_bytes
+        else:
+            self._read_bytes += moved_bytes
         self._piece_first, self._piece_stop = first, stop
 
     def _place_piece(self) -> str:
@@ -240,52 +281,3 @@ class ChunkLoad(ABC):
     @abstractmethod
     def _scatter(self, block_ids: npt.NDArray[np.int32]) -> None:
         """Copy the first staged blocks into these pages."""
-
-
-class HostLoad(ChunkLoad):
-    """Loads one chunk through host memory: its header, and behind it the blocks.
-
-    Args:
-        chunk, group, tier, protection: as for ``ChunkLoad``.
-        pages: where to.
-        slot: staging memory; encrypted blocks are decrypted in it.
-    """
-
-    def __init__(
-        self,
-        chunk: LoadChunk,
-        group: Group,
-        tier: Tier,
-        pages: Pages,
-        slot: Slot,
-        protection: Protection | None = None,
-    ) -> None:
-        super().__init__(chunk, group, tier, slot, protection)
-        self._pages, self._view, self._address = pages, slot.view, slot.address
-
-    def _room_bytes(self) -> int:
-        return self._view.nbytes - self._geometry.header_bytes
-
-    def _header_view(self) -> memoryview:
-        return self._view[: self._geometry.header_bytes]
-
-    def _views(self, blocks: int, *, header: bool) -> list[View]:
-        g = self._geometry
-        start = 0 if header else g.header_bytes
-        return [self._view[start : g.header_bytes + blocks * g.block_stride_bytes]]
-
-    def _first_bad(self, header: ChunkHeader, first: int, stop: int) -> int | None:
-        return verify_blocks(header, first, stop, self._payload(stop - first))
-
-    def _kind_of_bad(self, header: ChunkHeader, bad: int, first: int) -> str:
-        return kind_of_bad_block(header, bad, first, self._payload(bad + 1 - first))
-
-    def _payload(self, blocks: int) -> memoryview:
-        (payload,) = self._views(blocks, header=False)
-        assert isinstance(payload, memoryview)
-        return payload
-
-    def _scatter(self, block_ids: npt.NDArray[np.int32]) -> None:
-        g, layout = self._geometry, self._group.layout
-        address = self._address + g.header_bytes
-        self._pages.scatter(layout.iovecs(block_ids), len(layout.tiles), address, g.block_bytes, g.block_stride_bytes)

@@ -52,7 +52,8 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
 
     ``transport`` to ``staging_medium`` are the policy of ``transports.select``; ``kv_on_gpu`` tells where the engine's
     pages are. A service that only probes reads headers, for which posix is as good as any.
-    ``protection`` is None where chunks are neither authenticated nor encrypted.
+    ``protection`` is None where chunks are neither authenticated nor encrypted. Chunks stay in ``memory_bytes`` of
+    memory after they were stored or loaded; 0: none do.
     ``mount_points`` is empty at the first start. Later ones must find the directories where they were (``places``).
     """
 
@@ -74,6 +75,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     kv_on_gpu: bool = False
     mount_points: tuple[str, ...] = ()
     protection: ProtectionSpec | None = None
+    memory_bytes: int = 0
 
 
 class StoreChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -198,7 +200,8 @@ class StoreDone(msgspec.Struct, frozen=True, tag="store_done"):
 class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
     """Per run: how many of its leading blocks are good and in place, and why it stopped there (empty: all are).
 
-    ``reread`` chunks were right only when they were read a second time.
+    ``reread`` chunks were right only when they were read a second time. ``read_bytes`` come from the tier and
+    ``memory_bytes`` from the level of memory before it.
     """
 
     job_id: int
@@ -208,6 +211,17 @@ class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
     read_bytes: int
     elapsed_us: int
     reread: int = 0
+    memory_bytes: int = 0
+
+
+class InMemory(msgspec.Struct, frozen=True, tag="in_memory"):
+    """News of the service's level of memory: ``memory_level.resident_key`` of chunks that came, and of those that went.
+
+    For predictions only.
+    """
+
+    came: tuple[bytes, ...]
+    went: tuple[bytes, ...]
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -233,7 +247,7 @@ class ProbeDone(msgspec.Struct, frozen=True, tag="probe_done"):
 
 
 Request = Union[Setup, Store, Load, Probe, Manifest, Stop]  # noqa: UP007 - msgspec needs the runtime union on 3.10
-Reply = Union[Ready, Gathered, StoreDone, LoadDone, ProbeDone]  # noqa: UP007
+Reply = Union[Ready, Gathered, StoreDone, LoadDone, ProbeDone, InMemory]  # noqa: UP007
 
 # A text that is no UTF-8 is not among msgspec's own errors.
 _MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)

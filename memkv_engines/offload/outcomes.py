@@ -79,11 +79,16 @@ class LoadTally:
             self._stopped = self._stopped or whole_s > self._stop_s
             return self._stopped
 
+    def need_no_reading(self, chunks: int) -> None:
+        """So many chunks lie in memory: ``must_stop`` is about the others."""
+        with self._lock:
+            self._count -= chunks
+
     def settle(self, run: int, index: int, outcome: LoadOutcome) -> bool:
         """Note what became of a chunk; True for the last one."""
         with self._lock:
             self._outcomes[run][index] = outcome
-            self._arrived += not outcome.kind
+            self._arrived += not outcome.kind and not outcome.memory_bytes
             if outcome.kind:
                 self._first_bad[run] = min(index, self._first_bad.get(run, index))
             self._open -= 1

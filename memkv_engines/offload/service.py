@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 import time
 from collections.abc import Callable
 
@@ -17,9 +18,23 @@ from memkv_engines.keys import Namespace
 from memkv_engines.limits import MAX_STAGING_SLOTS, MIN_STAGING_SLOTS, PROTECTION_KEY_BYTES
 from memkv_engines.log import get_logger
 from memkv_engines.offload.groups import Group
+from memkv_engines.offload.host_loads import HostLoad, ResidentLoad
 from memkv_engines.offload.load_jobs import LoadJobs
-from memkv_engines.offload.loading import HostLoad
-from memkv_engines.offload.messages import Load, Manifest, Probe, ProbeDone, Reply, Request, Setup, Store
+from memkv_engines.offload.loading import LoadChunk, place_of
+from memkv_engines.offload.memory_keeper import MemoryKeeper
+from memkv_engines.offload.messages import (
+    InMemory,
+    Load,
+    LoadDone,
+    Manifest,
+    Probe,
+    ProbeDone,
+    Reply,
+    Request,
+    Setup,
+    Store,
+    StoreDone,
+)
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.probing import ChainWalk
 from memkv_engines.offload.staging import StagingPool
@@ -76,6 +91,8 @@ class IoService:
         self._loads: LoadJobs | None = None
         self._stores: StoreJobs | None = None
         self._staging: tuple[StagingPool, ...] = ()
+        self._memory: MemoryKeeper | None = None
+        self._news_lock = threading.Lock()
         groups = {g.group: Group.from_spec(g) for g in setup.groups if g.tiles}
         if groups:
             if pages is None:
@@ -87,20 +104,27 @@ class IoService:
         load_slots, store_slots = staging_slots(setup.staging_bytes, slot_bytes, setup.io_threads)
         load_staging, store_staging = StagingPool(slot_bytes, load_slots), StagingPool(slot_bytes, store_slots)
         load_staging.touch()
+        self._staging = (load_staging, store_staging)
+        if setup.memory_bytes:
+            kept = StagingPool(slot_bytes, max(1, setup.memory_bytes // load_staging.slot_bytes))
+            self._memory, self._staging = MemoryKeeper(self._tier, kept), (*self._staging, kept)
+            log.info("level of memory: %d chunks of at most %.2f MiB", kept.slots, kept.slot_bytes / 2**20)
+        memory = self._memory.level if self._memory is not None else None
         # Reads that are in flight together end together, and the last ones are placed after the device is done: half as
         # many readers as writers keep it just as busy.
         readers = (setup.io_threads + 1) // 2
-        self._staging = (load_staging, store_staging)
-        # Registered for good: the pools live as long as the service, and the device may be late with a transfer.
+        # Registered for good: the pools live as long as the service, and the device may be late with a transfer. Slots
+        # change places between them.
         for pool in self._staging:
             self._tier.register_memory(pool.address, pool.nbytes)
         self._loads = LoadJobs(
             self._tier,
             load_staging,
-            lambda chunk, slot: HostLoad(chunk, groups[chunk.group], self._tier, pages, slot, self._protection),
+            lambda chunk, slot: HostLoad(chunk, groups[chunk.group], self._tier, pages, slot, self._protection, memory),
             readers=readers,
             placers=_PLACERS,
-            reply=self._reply,
+            reply=self._reply_with_news,
+            find_resident=lambda chunk: self._find_resident(chunk, groups[chunk.group], pages),
         )
         self._stores = StoreJobs(
             groups,
@@ -111,9 +135,29 @@ class IoService:
             digesters=_DIGESTERS,
             writers=setup.io_threads,
             yield_to_loads=self._loads.wait_idle,
-            reply=self._reply,
+            reply=self._reply_with_news,
             protection=self._protection,
+            memory=memory,
         )
+
+    def _find_resident(self, chunk: LoadChunk, group: Group, pages: Pages) -> ResidentLoad | None:
+        if self._memory is None or (self._protection is not None and self._protection.encrypt):
+            return None
+        level = self._memory.level
+        held = level.pin(*place_of(chunk, group))
+        if held is None:
+            return None
+        return ResidentLoad(chunk, group, self._tier, pages, level, held, self._protection)
+
+    def _reply_with_news(self, reply: Reply) -> None:
+        """Answer, and before it tell what has come to memory or gone from it meanwhile."""
+        if self._memory is not None and isinstance(reply, (LoadDone, StoreDone)):
+            # One at a time: news that overtake each other would be wrong in the end.
+            with self._news_lock:
+                came, went = self._memory.level.take_changes()
+                if came or went:
+                    self._reply(InMemory(came, went))
+        self._reply(reply)
 
     def start(self) -> None:
         """Start the threads."""
@@ -121,6 +165,8 @@ class IoService:
         if self._loads is not None and self._stores is not None:
             self._loads.start()
             self._stores.start()
+        if self._memory is not None:
+            self._memory.start()
 
     def submit(self, message: Request) -> None:
         """Queue a job; does not block."""
@@ -140,6 +186,8 @@ class IoService:
             self._loads.stop(deadline)
             self._stores.stop(deadline)
         self._prober.stop(deadline)
+        if self._memory is not None:
+            self._memory.stop()
 
     def _probe(self, message: Probe | Manifest) -> None:
         if isinstance(message, Manifest):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from memkv_engines.chunk.protection import Protection
 from memkv_engines.log import get_logger
 from memkv_engines.offload.groups import Group
-from memkv_engines.offload.messages import Gathered, Store, StoreDone
+from memkv_engines.offload.memory_level import MemoryLevel
+from memkv_engines.offload.messages import IN_TIER, Gathered, Store, StoreDone
 from memkv_engines.offload.outcomes import StoreTally
 from memkv_engines.offload.pages import Pages
 from memkv_engines.offload.staging import StagingPool
@@ -68,6 +69,7 @@ class StoreJobs:
         yield_to_loads: blocks, for at most the given seconds, while loads are pending.
         reply: called from any thread with each answer; must be thread-safe.
         protection: what protects the chunks, if anything does.
+        memory: where chunks stay that are in the tier.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class StoreJobs:
         yield_to_loads: Callable[[float], None],
         reply: Callable[[Gathered | StoreDone], None],
         protection: Protection | None = None,
+        memory: MemoryLevel | None = None,
     ) -> None:
         self._groups, self._tier, self._pages, self._staging, self._reply = groups, tier, pages, staging, reply
-        self._yield_to_loads, self._protection = yield_to_loads, protection
+        self._yield_to_loads, self._protection, self._memory = yield_to_loads, protection, memory
         self._submitted: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
         self._gathered: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._digested: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
@@ -175,6 +178,9 @@ class StoreJobs:
         except JOB_ERRORS as error:
             log.warning("store failed: %s", error)
             failure, outcome, written = error, "failed", 0
+        store = item.store
+        if self._memory is not None and outcome in IN_TIER:
+            store.slot = self._memory.swap(store.folder, store.name, store.slot, store.object_bytes, used=False)
         self._settle(item, outcome, written, failure)
 
     def _settle(self, item: _Item, outcome: str, written_bytes: int, failure: Exception | None = None) -> None:

@@ -48,7 +48,12 @@ class ChunkStore:
             chunk.holes,
         )
         self._geometry = Geometry(len(self._hashes), group.block_bytes, group.block_tokens)
-        self._folder, self._name = namespace_folder(chunk.namespace), self._key.name
+        self.folder, self.name = namespace_folder(chunk.namespace), self._key.name
+
+    @property
+    def object_bytes(self) -> int:
+        """Header and payload."""
+        return self._geometry.object_bytes
 
     @property
     def payload_bytes(self) -> int:
@@ -57,7 +62,7 @@ class ChunkStore:
 
     def is_needed(self, tier: Tier) -> bool:
         """Whether the tier lacks the chunk, or is to get it anew."""
-        return self._chunk.replace or not tier.exists(self._folder, [self._name])[0]
+        return self._chunk.replace or not tier.exists(self.folder, [self.name])[0]
 
     def publish(self, tier: Tier, views: Sequence[View]) -> tuple[str, int]:
         """Put header and payload. Blocking; raises nothing else for trouble with the tier.
@@ -69,7 +74,7 @@ class ChunkStore:
             TransferOverdue: the device may still read the views.
         """
         try:
-            result = tier.put(self._folder, self._name, views, replace=self._chunk.replace)
+            result = tier.put(self.folder, self.name, views, replace=self._chunk.replace)
         except TransferOverdue:
             raise
         except TierFull:

@@ -9,16 +9,28 @@ version, a test) no prefill is ever measured, and the gate goes by what it assum
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memkv_engines.limits import MIN_TRIAL_TOKENS
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
-from memkv_engines.offload.client import LoadResult
 from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
 from memkv_engines.offload.estimates import StepClock
 from memkv_engines.offload.messages import STOPPED
+from memkv_engines.offload.results import LoadResult
 from memkv_engines.sglang.compat import wrap_method
+
+
+@dataclass(frozen=True)
+class PagesInMemory:
+    """Of some pages: how many from the first on lie in memory without a gap, and how many in all."""
+
+    leading: int = 0
+    total: int = 0
+
+
+NO_PAGES = PagesInMemory()
 
 
 class PageGate:
@@ -45,36 +57,48 @@ class PageGate:
         self._page_tokens, self._page_bytes = page_tokens, dict(page_bytes)
         self._least_tokens = max(least_tokens, chunk_pages * page_tokens)
 
-    def worth_loading(self, before: int, pages: int, others: Mapping[str, int] | None = None) -> int:
+    def worth_loading(
+        self, before: int, pages: int, others: Mapping[str, int] | None = None, in_memory: PagesInMemory = NO_PAGES
+    ) -> int:
         """How many of some leading pages to load.
 
         Args:
             before: pages before them, as far as known; what is unknown makes recomputing look cheaper than it is.
             pages: how many are stored.
             others: pages that other pools would load beside them.
+            in_memory: what of them lies in the I/O service's memory; of other pools that is not known.
         """
         if not pages:
             return 0
-        candidate = self._candidate(before, pages)
+        candidate = self._candidate(before, pages, in_memory)
         beside = sum(self._page_bytes.get(pool, 0) * count for pool, count in (others or {}).items())
-        candidate = Candidate(candidate.start, candidate.stop, candidate.size_bytes + beside)
+        if beside:
+            candidate = replace(candidate, size_bytes=candidate.size_bytes + beside, memory_tokens=0)
         verdict = self.gate.judge(candidate, self._page_tokens, self._least_tokens)
         return verdict.tokens // self._page_tokens
 
-    def load_began(self, before: int, pages: int) -> LoadTicket:
+    def load_began(self, before: int, pages: int, in_memory: PagesInMemory = NO_PAGES) -> LoadTicket:
         """A load of some pages begins; ``load_ended`` must follow."""
-        return self.gate.load_began(self._candidate(before, pages))
+        return self.gate.load_began(self._candidate(before, pages, in_memory))
 
     def load_ended(self, ticket: LoadTicket, result: LoadResult | None) -> None:
         """It ended so; None: no answer."""
-        if result is not None and result.measures_tier:
-            self.gate.load_ended(ticket, result.read_bytes, result.seconds, stopped=STOPPED in result.kinds)
+        if result is not None and result.measures:
+            self.gate.load_ended(
+                ticket,
+                result.read_bytes,
+                result.seconds,
+                memory_bytes=result.memory_bytes,
+                stopped=STOPPED in result.kinds,
+            )
         else:
             self.gate.load_ended(ticket)
 
-    def _candidate(self, before: int, pages: int) -> Candidate:
+    def _candidate(self, before: int, pages: int, in_memory: PagesInMemory) -> Candidate:
         size, page_bytes = self._page_tokens, next(iter(self._page_bytes.values()))
-        return Candidate(before * size, (before + pages) * size, pages * page_bytes)
+        leading, total = min(in_memory.leading, pages), min(in_memory.total, pages)
+        start, stop = before * size, (before + pages) * size
+        return Candidate(start, stop, pages * page_bytes, leading * size, total * page_bytes)
 
 
 class PrefillWatch:

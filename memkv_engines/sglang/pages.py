@@ -14,11 +14,12 @@ from memkv_engines.limits import HASH_BYTES, MAX_REMEMBERED_WALKS
 from memkv_engines.log import Throttle, get_logger
 from memkv_engines.offload import batches
 from memkv_engines.offload.blocking import BlockingClient
-from memkv_engines.offload.client import LoadResult
+from memkv_engines.offload.memory_level import resident_key
 from memkv_engines.offload.messages import IN_TIER, LoadRun, Probe, Segment, split_hashes
+from memkv_engines.offload.results import LoadResult
 from memkv_engines.offload.service import staging_slots
 from memkv_engines.sglang.chain import ChainMemory
-from memkv_engines.sglang.gating import PageGate
+from memkv_engines.sglang.gating import NO_PAGES, PageGate, PagesInMemory
 from memkv_engines.sglang.pools import PagedPool
 
 log = get_logger(__name__)
@@ -98,7 +99,8 @@ class PageStore:
         runs = batches.load_runs(self._namespace, self._pool.group, hashes, wanted, segments, pages)
         good = [False] * len(keys)
         if runs:
-            result = self._gated_load([run for _, run in runs], len(prefix), len(keys))
+            in_memory = self._in_memory(segments, wanted, len(hashes))
+            result = self._gated_load([run for _, run in runs], len(prefix), len(keys), in_memory)
             for (first, _), count in zip(runs, result.good_blocks, strict=True):
                 good[first : first + count] = [True] * count
             bad = sorted({kind for kind in result.kinds if kind})
@@ -107,10 +109,25 @@ class PageStore:
                 self._report(self._load_lines, "load", text, len(keys) - sum(good), ", ".join(bad))
         return good
 
-    def _gated_load(self, runs: list[LoadRun], before: int, pages: int) -> LoadResult:
+    def in_memory(self, keys: Sequence[str], prefix: Sequence[str]) -> PagesInMemory:
+        """What of the pages that ``leading`` has just found lies in the I/O service's memory; arguments as there."""
+        hashes, wanted = self._hashes(keys, prefix)
+        with self._walks_lock:
+            walk = self._walks.get(hashes[wanted]) if keys else None
+        return self._in_memory(walk.segments, wanted, len(hashes)) if walk is not None else NO_PAGES
+
+    def _in_memory(self, segments: Sequence[Segment], wanted: int, stop: int) -> PagesInMemory:
+        there = self._client.in_memory([resident_key(self._pool.group, segment.last) for segment in segments])
+        if not any(there):
+            return NO_PAGES
+        resident = [segment for segment, is_there in zip(segments, there, strict=True) if is_there]
+        present = batches.covered(resident, wanted, stop)
+        return PagesInMemory(present.index(False) if False in present else len(present), sum(present))
+
+    def _gated_load(self, runs: list[LoadRun], before: int, pages: int, in_memory: PagesInMemory) -> LoadResult:
         if self.gate is None:
             return self._client.load(runs)
-        ticket, result = self.gate.load_began(before, pages), None
+        ticket, result = self.gate.load_began(before, pages, in_memory), None
         try:
             result = self._client.load(runs, ticket.stop_s)
         finally:

@@ -20,7 +20,7 @@ from memkv_engines.metrics import Counters
 from memkv_engines.offload.blocking import BlockingClient
 from memkv_engines.offload.messages import Manifest
 from memkv_engines.sglang import identity
-from memkv_engines.sglang.gating import PageGate, PrefillWatch
+from memkv_engines.sglang.gating import NO_PAGES, PageGate, PagesInMemory, PrefillWatch
 from memkv_engines.sglang.idle_wait import IdleWait
 from memkv_engines.sglang.pages import PageStore
 from memkv_engines.sglang.pools import PagedPool, measured_pool
@@ -36,15 +36,17 @@ class Hits:
     Attributes:
         by_pool: for each pool with any, the longest prefix it could be used for.
         usable: every prefix length at which all pools that are needed have what they need.
+        in_memory: what the pool whose loads are measured has in the I/O service's memory.
     """
 
     by_pool: dict[str, int]
     usable: frozenset[int]
+    in_memory: PagesInMemory = NO_PAGES
 
     def up_to(self, pages: int) -> Hits:
         """The same of the first pages only."""
         by_pool = {name: min(count, pages) for name, count in self.by_pool.items()} if pages else {}
-        return Hits(by_pool, frozenset(end for end in self.usable if end <= pages))
+        return Hits(by_pool, frozenset(end for end in self.usable if end <= pages), self.in_memory)
 
 
 class PageStores:
@@ -127,7 +129,8 @@ class PageStores:
             # A second form of the full pages: it may be missing without making them useless.
             if transfer.hit_policy != PoolHitPolicy.BLOCK_GROUPS:
                 usable &= ends
-        return Hits(by_pool, frozenset(usable))
+        measured = self.by_pool[self._measured]
+        return Hits(by_pool, frozenset(usable), measured.in_memory(keys, prefix) if usable else NO_PAGES)
 
     def _anchor_pages(self, keys: Sequence[str], transfers: Sequence[PoolTransfer], prefix: Sequence[str]) -> int:
         store = self.by_pool.get(PoolName.KV.value)
@@ -144,7 +147,7 @@ class PageStores:
             for t in transfers
             if str(t.name) != self._measured
         }
-        pages = self.gate.worth_loading(before, longest, others)
+        pages = self.gate.worth_loading(before, longest, others, hits.in_memory)
         if pages and not any(end <= pages for end in hits.usable):
             pages = min(hits.usable)  # a part that is no part for some pool would measure nothing
         return hits.up_to(pages)

@@ -17,15 +17,21 @@ from memkv_engines.metrics import Counters
 from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
 from memkv_engines.offload.estimates import StepClock
 from memkv_engines.vllm.metadata import Handshake, Measured, slowest
+from memkv_engines.vllm.residency import NOTHING, MemoryShare
 
 
-@dataclass
+@dataclass(frozen=True)
 class Judged:
-    """What was decided for a request: of the hit [start, stop) so many tokens."""
+    """What was decided for a request: of the hit so many tokens."""
 
-    start: int
-    stop: int
+    hit: Candidate
     tokens: int
+
+    def part(self, start: int, stop: int) -> Candidate | None:
+        """The part of the hit that is loaded; None where it is no part of it."""
+        if start != self.hit.start or not start < stop <= self.hit.stop:
+            return None
+        return self.hit.leading(stop - start)
 
 
 class HitGate:
@@ -53,18 +59,25 @@ class HitGate:
 
     # --- hits ------------------------------------------------------------------
 
-    def judge(self, known: Judged | None, start: int, stop: int) -> Judged | None:
-        """How much of the hit [start, stop) to load; None: ask again. ``known`` is what the request was told before."""
-        if known is not None and (known.start, known.stop) == (start, stop):
+    def judge(self, known: Judged | None, start: int, stop: int, in_memory: Callable[[], MemoryShare]) -> Judged | None:
+        """How much of the hit [start, stop) to load; None: ask again.
+
+        Args:
+            known: what the request was told before.
+            start, stop: the hit, in tokens.
+            in_memory: what of it lies in the workers' memory; called at most once for a hit.
+        """
+        if known is not None and (known.hit.start, known.hit.stop) == (start, stop):
             return known
         if self._gate.undecided:
             return None
-        verdict = self._gate.judge(self._candidate(start, stop), self._align_tokens, self._least_tokens)
-        return Judged(start, stop, verdict.tokens)
+        hit = self._candidate(start, stop, in_memory())
+        return Judged(hit, self._gate.judge(hit, self._align_tokens, self._least_tokens).tokens)
 
-    def load_began(self, job_id: int, start: int, stop: int) -> float:
+    def load_began(self, job_id: int, judged: Judged | None, start: int, stop: int) -> float:
         """A load was planned; when it is to be stopped, in seconds (0: never)."""
-        ticket = self._tickets[job_id] = self._gate.load_began(self._candidate(start, stop))
+        part = judged.part(start, stop) if judged is not None else None
+        ticket = self._tickets[job_id] = self._gate.load_began(part or self._candidate(start, stop, NOTHING))
         return ticket.stop_s
 
     def load_measured(self, job_id: int, measured: Measured) -> None:
@@ -75,12 +88,20 @@ class HitGate:
     def load_ended(self, job_id: int) -> None:
         """Every rank is done with a load, or it failed."""
         ticket = self._tickets.pop(job_id, None)
-        read_bytes, elapsed_us, stopped = self._measured.pop(job_id, (0, 0, False))
+        read_bytes, memory_bytes, elapsed_us, stopped = self._measured.pop(job_id, (0, 0, 0, False))
         if ticket is not None:
-            self._gate.load_ended(ticket, read_bytes, elapsed_us / 1e6, stopped=stopped)
+            self._gate.load_ended(ticket, read_bytes, elapsed_us / 1e6, memory_bytes=memory_bytes, stopped=stopped)
 
-    def _candidate(self, start: int, stop: int) -> Candidate:
-        return Candidate(start, stop, max(_bytes(facts, stop - start) for facts in self._facts))
+    def _candidate(self, start: int, stop: int, in_memory: MemoryShare) -> Candidate:
+        size_bytes = max(_bytes(facts, stop - start) for facts in self._facts)
+        tokens = in_memory.leading_tokens
+        tokens -= tokens % self._align_tokens if tokens < stop - start else 0
+        if tokens == stop - start:
+            return Candidate(start, stop, size_bytes, tokens, size_bytes)
+        memory_bytes = max(
+            sum(f.block_bytes * in_memory.blocks.get(f.group, 0) for f in facts) for facts in self._facts
+        )
+        return Candidate(start, stop, size_bytes, tokens, min(memory_bytes, size_bytes))
 
     # --- steps -----------------------------------------------------------------
 

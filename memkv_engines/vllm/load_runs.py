@@ -1,13 +1,90 @@
-"""From the runs of a hit to what the I/O service is told to load."""
+"""From the runs of a hit to what the I/O service is told to load, and back from a load that failed to the bad chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from memkv_engines.offload.lookup import Run
-from memkv_engines.offload.messages import LoadRun
+from memkv_engines.offload.lookup import GroupView, Hit, Run
+from memkv_engines.offload.messages import STOPPED, LoadRun
+
+
+@dataclass(frozen=True)
+class BadChunk:
+    """A chunk that could not be loaded: hashes of its first and last block, the latter maybe a prefix."""
+
+    group: int
+    first: bytes
+    last: bytes
+    block_count: int
+    kind: str
+    good_blocks: int
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Which chunks a load job reads.
+
+    Attributes:
+        request_id: who waits for it.
+        messages: one per run, as they are sent.
+    """
+
+    request_id: str
+    messages: tuple[LoadRun, ...]
+    _runs: tuple[tuple[int, Run, int, tuple[bytes, ...]], ...]
+    """Per message: group, the run, its first block taken, hashes from the run's position on."""
+
+    def bad_chunks(self, outcomes: Sequence[tuple[int, str]]) -> Iterator[BadChunk]:
+        """Chunks with which something is wrong.
+
+        Args:
+            outcomes: per run its good leading blocks, and why it ended there; empty: it did not.
+        """
+        for (group, run, first, hashes), (good, kind) in zip(self._runs, outcomes, strict=True):
+            if kind in ("", "io_service", STOPPED):
+                continue  # nothing is wrong with the chunk
+            chunk = (first + good - run.position) // run.block_count
+            start = chunk * run.block_count
+            last = run.last or hashes[min(start + run.block_count, len(hashes)) - 1]
+            yield BadChunk(group, hashes[start], last, run.block_count, kind, good)
+
+
+def plan_load(
+    request_id: str,
+    namespace: bytes,
+    hit: Hit,
+    views: Sequence[GroupView],
+    hashes: Sequence[Sequence[bytes]],
+    block_ids: Sequence[Sequence[int]],
+    start: int,
+    stop: int,
+) -> LoadPlan:
+    """Plan the load of tokens [start, stop) of a hit.
+
+    Args:
+        request_id: who waits for it.
+        namespace: digest of the request's namespace.
+        hit: what is stored.
+        views: the KV groups.
+        hashes: the prompt's chain hashes, by group.
+        block_ids: pages of the whole prompt, by the engine's number of the group; 0 where a window needs none.
+        start, stop: tokens.
+    """
+    messages: list[LoadRun] = []
+    planned: list[tuple[int, Run, int, tuple[bytes, ...]]] = []
+    for view, own in zip(views, hashes, strict=True):
+        ids = block_ids[view.group]
+        low, high = start // view.block_tokens, stop // view.block_tokens
+        while low < high and not ids[low]:
+            low += 1  # outside the sliding window: no page, nothing to load
+        for run in clip(hit.runs.get(view.group, ()), low, high):
+            first = max(low, run.position)
+            messages.append(load_run(namespace, view.group, run, first, own, ids))
+            planned.append((view.group, run, first, tuple(own[run.position : run.position + run.take])))
+    return LoadPlan(request_id, tuple(messages), tuple(planned))
 
 
 def clip(runs: Sequence[Run], low: int, high: int) -> list[Run]:

@@ -16,14 +16,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from memkv_engines.keys import JsonValue
 from memkv_engines.offload.messages import LoadRun, StoreChunk
 from memkv_engines.offload.planning import OUTCOMES_WORST_FIRST
+from memkv_engines.offload.residents import Changes
 
-Measured = tuple[int, int, bool]
-"""Of a load: bytes read, microseconds it took, whether it was stopped."""
+Measured = tuple[int, int, int, bool]
+"""Of a load: bytes read, bytes taken from memory, microseconds it took, whether it was stopped."""
 
 
 def slowest(one: Measured, other: Measured) -> Measured:
     """Two ranks' parts of one load."""
-    return max(one[0], other[0]), max(one[1], other[1]), one[2] or other[2]
+    return max(one[0], other[0]), max(one[1], other[1]), max(one[2], other[2]), one[3] or other[3]
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
         failed: job id -> per run (good leading blocks, kind), the worst over ranks.
         measured: job id -> what tells how fast the tier is, the slowest over ranks.
         step: the step's number, if it has one.
+        residents: chunks that came to a worker's memory or went from it, summed over ranks.
     """
 
     stored: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     failed: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
     measured: dict[int, Measured] = field(default_factory=dict)
     step: int = 0
+    residents: Changes = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Merge another rank's report."""
@@ -118,4 +121,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         measured = dict(self.measured)
         for job_id, most in other.measured.items():
             measured[job_id] = slowest(measured.get(job_id, most), most)
-        return WorkerReport(stored, failed, measured, max(self.step, other.step))
+        residents = dict(self.residents)
+        for key, change in other.residents.items():
+            residents[key] = residents.get(key, 0) + change
+        return WorkerReport(stored, failed, measured, max(self.step, other.step), residents)

@@ -17,17 +17,19 @@ from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
 from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.leftovers import Holds
-from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup, Run
-from memkv_engines.offload.messages import STOPPED, LoadRun, Manifest, ProbeDone, Setup
+from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup
+from memkv_engines.offload.messages import Manifest, ProbeDone, Setup
 from memkv_engines.offload.planning import StorePlanner
+from memkv_engines.offload.residents import RankResidents
 from memkv_engines.offload.service import staging_slots
 from memkv_engines.vllm import compat
 from memkv_engines.vllm.gating import HitGate, Judged
 from memkv_engines.vllm.identity import build_namespace
 from memkv_engines.vllm.idle_wait import IdleWait
-from memkv_engines.vllm.load_runs import clip, load_run
+from memkv_engines.vllm.load_runs import LoadPlan, plan_load
 from memkv_engines.vllm.lora import AdapterNamespaces
 from memkv_engines.vllm.metadata import Handshake, StepMetadata, WorkerReport
+from memkv_engines.vllm.residency import NOTHING, MemoryShare, memory_share
 
 log = get_logger(__name__)
 
@@ -43,15 +45,6 @@ class _Tracked:
     judged: Judged | None = None
     # A load failed once: no further external hits, or a bad chunk could be tried for ever.
     barred: bool = False
-
-
-@dataclass(frozen=True)
-class _LoadPlan:
-    """Which chunks a load job reads, to name the bad one when it fails."""
-
-    request_id: str
-    runs: tuple[tuple[int, Run, int, tuple[bytes, ...]], ...]
-    """Per run sent: group, the run, its first block taken, hashes from the run's position on."""
 
 
 class SchedulerSide:
@@ -78,7 +71,7 @@ class SchedulerSide:
         self._hash_tokens = kv_cache_config.hash_block_size or vllm_config.cache_config.block_size
         self._requests: dict[str, _Tracked] = {}
         self._meta = StepMetadata()
-        self._load_plans: dict[int, _LoadPlan] = {}
+        self._load_plans: dict[int, LoadPlan] = {}
         self._next_load = 0
         self._world_size = 1
         self._namespace: Namespace | None = None
@@ -88,6 +81,7 @@ class SchedulerSide:
         # Until the engine's page pool is known.
         self._holds: Holds = lambda group, hashes, block_ids: False
         self._gate: HitGate | None = None
+        self._residents = RankResidents(1)
         self._client = IoClient(
             Setup(
                 config.tier.path,
@@ -127,6 +121,7 @@ class SchedulerSide:
         namespace = build_namespace(self._vllm_config, self._config, handshakes)
         views = _group_views(handshakes)
         self._world_size = len(handshakes)
+        self._residents = RankResidents(self._world_size)
         lookup = self._config.lookup
         align = self._kv_cache_config.cache_hit_alignment_tokens or max(v.block_tokens for v in views)
         chunk_bytes = [v.blocks_per_chunk * f.block_bytes for v, f in zip(views, handshakes[0].groups, strict=True)]
@@ -235,7 +230,9 @@ class SchedulerSide:
         """As much of a hit as is faster than recomputing; None: ask again."""
         assert self._gate is not None
         start = tracked.computed_tokens
-        judged = tracked.judged = self._gate.judge(tracked.judged, start, hit.tokens)
+        judged = tracked.judged = self._gate.judge(
+            tracked.judged, start, hit.tokens, lambda: self._in_memory(tracked, hit)
+        )
         if judged is None:
             return None
         if judged.tokens in (0, hit.tokens - start):
@@ -244,6 +241,11 @@ class SchedulerSide:
             # What a window needs depends on where the hit ends.
             return self._ask(tracked.request, start, start + judged.tokens)
         return Hit(start + judged.tokens, hit.runs)
+
+    def _in_memory(self, tracked: _Tracked, hit: Hit) -> MemoryShare:
+        if not len(self._residents):
+            return NOTHING
+        return memory_share(hit, tracked.computed_tokens, self._views, self._hashes(tracked), self._residents)
 
     def _namespace_of(self, request: Any) -> Namespace | None:
         assert self._namespace is not None and self._adapters is not None
@@ -294,26 +296,22 @@ class SchedulerSide:
         tracked.hit = None
         total = tracked.computed_tokens + external_tokens
         self._next_load += 1
-        hashes = self._hashes(tracked)
         namespace = self._namespace_of(request)
         assert namespace is not None, "a hit has a namespace"
-        sent: list[LoadRun] = []
-        planned: list[tuple[int, Run, int, tuple[bytes, ...]]] = []
-        for view, own in zip(self._views, hashes, strict=True):
-            ids = block_ids[view.group]
-            low, high = tracked.computed_tokens // view.block_tokens, total // view.block_tokens
-            while low < high and not ids[low]:
-                low += 1  # outside the sliding window: no page, nothing to load
-            for run in clip(hit.runs.get(view.group, ()), low, high):
-                first = max(low, run.position)
-                message = load_run(namespace.digest, view.group, run, first, own, ids)
-                sent.append(message)
-                planned.append((view.group, run, first, tuple(own[run.position : run.position + run.take])))
-        self._load_plans[self._next_load] = _LoadPlan(request.request_id, tuple(planned))
-        stop_s = self._gate.load_began(self._next_load, tracked.computed_tokens, total)
+        plan = self._load_plans[self._next_load] = plan_load(
+            request.request_id,
+            namespace.digest,
+            hit,
+            self._views,
+            self._hashes(tracked),
+            block_ids,
+            tracked.computed_tokens,
+            total,
+        )
+        stop_s = self._gate.load_began(self._next_load, tracked.judged, tracked.computed_tokens, total)
         if self._deciding_transfer.kv_load_failure_policy != "recompute":
             stop_s = 0.0  # vLLM would take a load that was stopped for one that failed, and end the request
-        self._meta.loads.append((request.request_id, self._next_load, tuple(sent), stop_s))
+        self._meta.loads.append((request.request_id, self._next_load, plan.messages, stop_s))
         self.counters.add("lookup_hit_tokens", external_tokens)
 
     def _plan_failed(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
@@ -333,14 +331,10 @@ class SchedulerSide:
         tracked = self._requests.get(plan.request_id)
         if tracked is not None:
             tracked.barred = True
-        for (group, run, first, hashes), (good, kind) in zip(plan.runs, runs, strict=True):
-            if kind in ("", "io_service", STOPPED):
-                continue  # nothing is wrong with the chunk
-            log.warning("request %s: load failed (%s) after %d good blocks; recomputing", plan.request_id, kind, good)
-            chunk = (first + good - run.position) // run.block_count
-            start = chunk * run.block_count
-            last = run.last or hashes[min(start + run.block_count, len(hashes)) - 1]
-            self._lookup.forget_chunk(group, hashes[start], last, run.block_count)
+        for bad in plan.bad_chunks(runs):
+            text = "request %s: load failed (%s) after %d good blocks; recomputing"
+            log.warning(text, plan.request_id, bad.kind, bad.good_blocks)
+            self._lookup.forget_chunk(bad.group, bad.first, bad.last, bad.block_count)
 
     # --- stores --------------------------------------------------------------
 
@@ -455,6 +449,7 @@ class SchedulerSide:
                     self._gate.load_ended(job_id)
         if not isinstance(report, WorkerReport):
             return
+        self._residents.take_changes(report.residents)
         for job_id, (ranks, outcomes) in report.stored.items():
             self._planner.take_rank_results(job_id, ranks, self._world_size, outcomes)
         for job_id, runs in report.failed.items():
@@ -478,7 +473,7 @@ class SchedulerSide:
         self._client.close()
 
 
-def _is_loading(request: Any, plans: dict[int, _LoadPlan]) -> bool:
+def _is_loading(request: Any, plans: dict[int, LoadPlan]) -> bool:
     return any(p.request_id == request.request_id for p in plans.values())
 
 

@@ -18,11 +18,11 @@ from memkv_engines.limits import IDLE_LOAD_WAIT_S
 from memkv_engines.log import Throttle, get_logger
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.boundary import guarded
-from memkv_engines.offload.client import LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient
 from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import STOPPED, LoadRun, StoreChunk
+from memkv_engines.offload.results import LoadResult, StoreResult
 from memkv_engines.vllm import compat, geometry
 from memkv_engines.vllm.metadata import GroupFacts, Handshake, StepMetadata, WorkerReport
 
@@ -172,15 +172,19 @@ class WorkerSide:
                 self._take_load(result)
             elif isinstance(result, StoreResult):
                 self._take_store(result)
+        # A report that nobody has fetched yet has the news of an earlier poll.
+        for key, change in client.residents.take_changes().items():
+            self._report.residents[key] = self._report.residents.get(key, 0) + change
 
     def _take_load(self, result: LoadResult) -> None:
         found = self._loading.pop(result.job_id, None)
         if found is None:
             return  # answered as failed already
         request_id, runs = found
-        if result.measures_tier:
+        if result.measures:
             elapsed_us = int(result.seconds * 1e6)
-            self._report.measured[result.job_id] = (result.read_bytes, elapsed_us, STOPPED in result.kinds)
+            moved = result.read_bytes, result.memory_bytes
+            self._report.measured[result.job_id] = (*moved, elapsed_us, STOPPED in result.kinds)
         if not any(result.kinds):
             self._finished.add(request_id)
             return

@@ -16,11 +16,12 @@ import numpy.typing as npt
 from memkv_engines.keys import ChunkName, Namespace
 from memkv_engines.limits import KEY_BYTES
 from memkv_engines.metrics import Counters
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.job_client import JobClient
 from memkv_engines.offload.messages import GroupSpec, LoadRun, Probe, ProbeDone, Setup, StoreChunk, TileSpec
 from memkv_engines.offload.pinned import PinnedStaging
+from memkv_engines.offload.results import LoadResult, StoreResult
 from tests.fast.late_mover import STREAM, LateMover
 from tests.fast.samples import NAMESPACE, SHARD
 

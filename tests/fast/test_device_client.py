@@ -15,9 +15,9 @@ import pytest
 
 from memkv_engines.errors import ConfigError, GpuOverdue
 from memkv_engines.limits import MIB
-from memkv_engines.offload.client import LoadResult, StoreResult
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.pinned import PinnedSlot, PinnedStaging
+from memkv_engines.offload.results import LoadResult, StoreResult
 from tests.fast.io_samples import (
     block_outermost,
     layer_outermost,

@@ -17,8 +17,8 @@ from memkv_engines.chunk.codec import Geometry
 from memkv_engines.errors import ConfigError, TransferOverdue, TransportError
 from memkv_engines.limits import MIB
 from memkv_engines.offload import client as client_module
-from memkv_engines.offload.client import LoadResult, StoreResult
 from memkv_engines.offload.direct_client import DirectIoClient, slots_needed
+from memkv_engines.offload.results import LoadResult, StoreResult
 from memkv_engines.tier.directory import DirectoryTier
 from tests.fast.direct_samples import AddressTransport, LateSlotMover, started_direct
 from tests.fast.io_samples import (

@@ -9,7 +9,7 @@ import pytest
 
 from memkv_engines.errors import GpuOverdue, TransportError
 from memkv_engines.offload import client as client_module
-from memkv_engines.offload.client import LoadResult
+from memkv_engines.offload.results import LoadResult
 from tests.fast.direct_samples import started_direct
 from tests.fast.io_samples import load, make_run, make_store, results_of, setup_for, store, until
 from tests.fast.samples import chain

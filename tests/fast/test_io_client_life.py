@@ -21,8 +21,9 @@ from memkv_engines.limits import MIB
 from memkv_engines.offload import backends, client
 from memkv_engines.offload.backends import ProcessBackend
 from memkv_engines.offload.channel import EngineEnd
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.pages import GatedPages, Iovecs, MappedPages, Pages
+from memkv_engines.offload.results import LoadResult, StoreResult
 from memkv_engines.tier.directory import DirectoryTier
 from tests.fast.io_samples import (
     BLOCKS_PER_CHUNK,

@@ -15,9 +15,10 @@ from memkv_engines.errors import TierUnavailable
 from memkv_engines.limits import MAX_DYING_SERVICES, PROBE_SILENCE_S
 from memkv_engines.offload import backends, client, process
 from memkv_engines.offload.blocking import BlockingClient
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.messages import Probe, ProbeDone
 from memkv_engines.offload.places import Watch, mount_point, still_there
+from memkv_engines.offload.results import LoadResult, StoreResult
 from tests.fast.io_samples import (
     BLOCKS_PER_CHUNK,
     Pool,

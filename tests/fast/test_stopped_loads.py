@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from memkv_engines.offload.client import LoadResult
 from memkv_engines.offload.messages import STOPPED, Load, LoadDone, Reply, Setup, Store
 from memkv_engines.offload.pages import MappedPages
+from memkv_engines.offload.results import LoadResult
 from memkv_engines.offload.service import IoService
 from memkv_engines.tier.base import ChunkReader
 from memkv_engines.tier.memory import MemoryTier
@@ -112,7 +112,7 @@ def test_every_client_says_what_was_stopped(service: Service) -> None:
     assert (counted["load_stopped"], counted["load_jobs_failed"], counted["miss_io_error"]) == (1, 0, 0)
     whole = load(service.client, run)
     assert whole.kinds == ("",)
-    assert whole.measures_tier and whole.read_bytes >= 2 * N * SERVED.block_bytes and whole.seconds > 0
+    assert whole.measures and whole.read_bytes >= 2 * N * SERVED.block_bytes and whole.seconds > 0
 
 
 def test_what_failed_does_not_measure_the_tier(service: Service) -> None:
@@ -121,4 +121,4 @@ def test_what_failed_does_not_measure_the_tier(service: Service) -> None:
     Path(path_of(service.root, SERVED, hashes[N:])).unlink()
     result = load(service.client, make_run(SERVED, hashes, range(12, 12 + 2 * N), chunk_count=2))
     assert result.kinds == ("missing",)
-    assert result.read_bytes > 0 and not result.measures_tier
+    assert result.read_bytes > 0 and not result.measures

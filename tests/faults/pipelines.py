@@ -12,9 +12,10 @@ from unittest import mock
 
 from memkv_engines.chunk.layout import align_up
 from memkv_engines.offload import client as client_module
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.groups import Group
 from memkv_engines.offload.messages import LoadRun, StoreChunk
+from memkv_engines.offload.results import LoadResult, StoreResult
 from memkv_engines.offload.service import staging_slots
 from tests.fast.io_samples import (
     BLOCKS_PER_CHUNK,

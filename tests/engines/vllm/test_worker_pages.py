@@ -13,9 +13,10 @@ import torch
 
 from memkv_engines.config import Config
 from memkv_engines.errors import ConfigError, GpuOverdue, LayoutError
-from memkv_engines.offload.client import IoClient, LoadResult, StoreResult
+from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient
+from memkv_engines.offload.results import LoadResult, StoreResult
 
 with warnings.catch_warnings():  # vLLM's own.
     warnings.simplefilter("ignore")
