@@ -176,7 +176,7 @@ class Driver:
 
     def asked_for_documents(self) -> list[str]:
         """Returns the sides that still run and are asked for documents."""
-        return [name for name, side in self._sides.items() if not side.skips_documents]
+        return [name for name, side in self._sides.items() if not side.keeps_memory]
 
     def storing(self) -> list[str]:
         """Returns those of them that store."""
@@ -269,7 +269,8 @@ class Driver:
 
         So it is after a restart, or when more has been stored meanwhile than memory holds.
         """
-        names = [name for name in self.visited_first() if self._sides[name].stores]
+        storing = [name for name in self.visited_first() if self._sides[name].stores]
+        names = [name for name in storing if not self._sides[name].keeps_memory]
         self.forget_all()
         for number, histories in enumerate(self._talks, 1):
             messages = [corpus.take(plan.user_tokens) for _ in range(plan.count)]

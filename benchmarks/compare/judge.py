@@ -37,7 +37,7 @@ from benchmarks.compare.names import (
     LMCACHE_FS,
     LOCAL,
     MEMKV,
-    MEMKV_CACHED,
+    MEMKV_MEMORY,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
@@ -382,7 +382,7 @@ class Verdict:
 
 def judge_conversations(batches: Sequence[Batch], asked: Collection[str]) -> list[Judgement]:
     """Returns the judgements on conversations in vLLM: against no tier, and against the best peer."""
-    ours = [side for side in (MEMKV, MEMKV_CACHED) if side in asked]
+    ours = [side for side in (MEMKV, MEMKV_MEMORY) if side in asked]
     without, peers = [NO_CACHE, PREFIX_CACHE], [NATIVE, LMCACHE_FS]
     promise = f"conversations that outgrow the KV pool run at least {THROUGHPUT_OVER_NO_CACHE} times as fast as without"
     found = [
@@ -394,9 +394,9 @@ def judge_conversations(batches: Sequence[Batch], asked: Collection[str]) -> lis
     ]  # fmt: skip
     if not any(name in asked for name in peers):
         return found
-    # The peers have memory before their disk: with the page cache ours has, too. The promise is made for both.
+    # The peers have memory before their disk: so has one of ours. The promise is made for both.
     told = {
-        MEMKV_CACHED: "they run at least as fast as with the best peer",
+        MEMKV_MEMORY: "they run at least as fast as with the best peer",
         MEMKV: "they run at least as fast, each time from the disk, as with the best peer from memory",
     }
     found += [
@@ -419,7 +419,7 @@ def judge_vllm(body: Mapping[str, Any]) -> Verdict:
     recomputing = tuple(name for name in (PREFIX_CACHE, NO_CACHE) if name in asked)
     cells = [
         cell
-        for side in (MEMKV, MEMKV_CACHED, THROTTLED)
+        for side in (MEMKV, MEMKV_MEMORY, THROTTLED)
         for cell in hit_cells(batches, side, recomputing, noise or 0.0)
     ]
     judgements = []
@@ -432,7 +432,7 @@ def judge_vllm(body: Mapping[str, Any]) -> Verdict:
         judgements += judge_first_visit(batches)
     by_length = [f"{DOCUMENTS}, {length} tokens" for length in lengths]
     talks = [CONVERSATIONS] if CONVERSATIONS in workloads else []
-    wanted = {MEMKV: [*by_length, *talks], MEMKV_CACHED: talks, THROTTLED: by_length}
+    wanted = {MEMKV: [*by_length, *talks], MEMKV_MEMORY: talks, THROTTLED: by_length}
     judgements += [
         judge_hits(cells, side, what, noise) for side, what in wanted.items() if side in asked and what and recomputing
     ]

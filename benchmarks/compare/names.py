@@ -4,8 +4,8 @@ from __future__ import annotations
 
 NO_CACHE, PREFIX_CACHE, NATIVE = "vllm, no cache", "vllm, prefix cache", "vllm, native fs"
 LMCACHE_FS, LMCACHE_MEMKV = "lmcache, fs", "lmcache, memkv"
-MEMKV, MEMKV_CACHED, THROTTLED = "memkv", "memkv, page cache", "memkv, slow tier"
-VLLM_SIDES = (NO_CACHE, PREFIX_CACHE, NATIVE, LMCACHE_FS, LMCACHE_MEMKV, MEMKV, MEMKV_CACHED, THROTTLED)
+MEMKV, MEMKV_MEMORY, THROTTLED = "memkv", "memkv, memory", "memkv, slow tier"
+VLLM_SIDES = (NO_CACHE, PREFIX_CACHE, NATIVE, LMCACHE_FS, LMCACHE_MEMKV, MEMKV, MEMKV_MEMORY, THROTTLED)
 
 NO_STORAGE, FILE = "sglang, no storage", "sglang, file"
 HICACHE, LINKER = "memkv hicache", "memkv linker"

@@ -13,7 +13,7 @@ from benchmarks.compare.names import (
     LMCACHE_FS,
     LMCACHE_MEMKV,
     MEMKV,
-    MEMKV_CACHED,
+    MEMKV_MEMORY,
     NATIVE,
     NO_CACHE,
     PREFIX_CACHE,
@@ -42,7 +42,7 @@ _SGLANG_START_S = 35.0
 _SGLANG_REQUEST_S = 0.6
 
 # Of ours the two that the others are judged without, so that they can be measured on their own.
-APART = (LMCACHE_MEMKV, MEMKV_CACHED)
+APART = (LMCACHE_MEMKV, MEMKV_MEMORY)
 
 # Rounds of second visits that judgements cannot do without; the others wait until all workloads were run.
 NEEDED_ROUNDS = 2
@@ -153,7 +153,8 @@ class Profile:
         vllm_minutes: Rounds that are not needed are left out when vLLM's stage has taken this long.
         sglang_minutes: The same for SGLang's stage.
         light: Engines in one process with one thread, that start in a third of the time.
-        dram_tier_bytes: Memory of the tier that each peer in vLLM puts before its disk. Ours has none.
+        dram_tier_bytes: Memory that each peer in vLLM puts before its disk, and so does `memkv, memory`; `memkv` has
+            none.
         staging_bytes: Memory through which ours passes.
         vllm_sides: Who takes part in vLLM's stage.
         apart: The profile in which `APART` take part where memory does not hold all sides at the same time.
@@ -268,7 +269,7 @@ TALKS = replace(
     conversations=replace(DEFAULT.conversations, rounds=12),
     workloads=(CONVERSATIONS,),
     vllm_minutes=45.0,
-    vllm_sides=(NATIVE, MEMKV, MEMKV_CACHED),
+    vllm_sides=(NATIVE, MEMKV, MEMKV_MEMORY),
     apart="",
 )
 TINY = Profile(
@@ -421,7 +422,7 @@ def vllm_memory_bytes(profile: Profile, sides: Sequence[str]) -> int:
             continue
         # Weights are about as large as the pools of these profiles.
         total += _VLLM_BYTES + 2 * profile.kv_bytes
-        total += profile.dram_tier_bytes if side in (NATIVE, LMCACHE_FS, LMCACHE_MEMKV) else 0
+        total += profile.dram_tier_bytes if side in (NATIVE, LMCACHE_FS, LMCACHE_MEMKV, MEMKV_MEMORY) else 0
         total += _LMCACHE_SERVER_BYTES if side in (LMCACHE_FS, LMCACHE_MEMKV) else 0
     return total
 

@@ -21,7 +21,7 @@ from benchmarks.compare.names import (
     LMCACHE_MEMKV,
     LOCAL,
     MEMKV,
-    MEMKV_CACHED,
+    MEMKV_MEMORY,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
@@ -37,7 +37,7 @@ from benchmarks.compare.plan import RANDOM_335M
 from benchmarks.compare.record import Batch, batches_of
 from benchmarks.harness import percentile
 
-OURS = (MEMKV, MEMKV_CACHED, LMCACHE_MEMKV, THROTTLED, HICACHE, LINKER)
+OURS = (MEMKV, MEMKV_MEMORY, LMCACHE_MEMKV, THROTTLED, HICACHE, LINKER)
 ORDER = (*VLLM_SIDES, *SGLANG_SIDES)
 PLOT = "RESULTS.png"
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -46,7 +46,7 @@ NOTHING = "-"
 # Who of ours is held against whom, where rows that we lose are looked for.
 _IN_VLLM, _IN_SGLANG = (NO_CACHE, PREFIX_CACHE, NATIVE, LMCACHE_FS), (NO_STORAGE, FILE)
 OPPONENTS = {
-    "vllm": {MEMKV: _IN_VLLM, MEMKV_CACHED: _IN_VLLM, LMCACHE_MEMKV: (LMCACHE_FS,)},
+    "vllm": {MEMKV: _IN_VLLM, MEMKV_MEMORY: _IN_VLLM, LMCACHE_MEMKV: (LMCACHE_FS,)},
     "sglang": {HICACHE: _IN_SGLANG, LINKER: _IN_SGLANG},
 }
 
@@ -336,8 +336,8 @@ def _setup(name: str, profile: Mapping[str, Any]) -> str:
     return (
         f"Model {MODELS[profile['model']]}. KV pool {profile['kv_bytes'] >> 20} MiB, blocks of {profile['block_size']} "
         f"tokens, at most {profile['max_model_len']} tokens. vLLM's native tier and LMCache have "
-        f"{profile['dram_tier_bytes'] >> 20} MiB of memory before their disk; ours has none, and stages in "
-        f"{profile['staging_bytes'] >> 20} MiB; with `page_cache` it has what the machine does not use otherwise. "
+        f"{profile['dram_tier_bytes'] >> 20} MiB of memory before their disk; {MEMKV} has none, and stages in "
+        f"{profile['staging_bytes'] >> 20} MiB; {MEMKV_MEMORY} has as much as the peers, its staging included. "
         "`connector` are tokens from there, whatever level they came from."
     )
 

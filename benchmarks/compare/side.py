@@ -188,14 +188,14 @@ class Side(ABC):
         what: One line on what it is.
         folder: Where it stores; None where nothing outlives eviction.
         only_loads: It stores nothing of its own and is asked only for what another side stored.
-        skips_documents: It is not asked for documents, whose files are dropped from the page cache.
+        keeps_memory: Nobody empties its memory, so it is not asked for what has to come from the disk.
     """
 
     name: str
     what: str
     folder: Path | None = None
     only_loads: bool = False
-    skips_documents: bool = False
+    keeps_memory: bool = False
 
     def prepare(self) -> None:  # noqa: B027
         """Starts what could not be started with the rest; all sides are prepared before one is waited for.

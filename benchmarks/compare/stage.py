@@ -29,7 +29,7 @@ from benchmarks.compare.names import (
     LMCACHE_FS,
     LMCACHE_MEMKV,
     MEMKV,
-    MEMKV_CACHED,
+    MEMKV_MEMORY,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
@@ -134,7 +134,14 @@ def vllm_makers(profile: Profile, model: Path, scratch: Path) -> dict[str, Make]
         LMCACHE_FS: lambda: lmcache(LMCACHE_FS, sides.fs_adapter),
         LMCACHE_MEMKV: lambda: lmcache(LMCACHE_MEMKV, sides.memkv_adapter),
         MEMKV: lambda: sides.MemKVSide(MEMKV, spec(), folder(MEMKV), log_of(MEMKV), **ours),
-        MEMKV_CACHED: lambda: sides.CachedSide(spec(), folder(MEMKV_CACHED), log_of(MEMKV_CACHED), **ours),
+        MEMKV_MEMORY: lambda: sides.MemorySide(
+            spec(),
+            folder(MEMKV_MEMORY),
+            log_of(MEMKV_MEMORY),
+            dram_bytes,
+            # It is not asked for what takes more.
+            **{**ours, "staging_bytes": profile.staging_bytes // 2},
+        ),
         THROTTLED: lambda: sides.ThrottledSide(spec(), folder(MEMKV), log_of(THROTTLED), **ours),
     }
     # LMCache's servers must be up before their engines can start: they go first.
@@ -235,7 +242,7 @@ def hits_against_recomputing(
     plan = profile.documents
     if run.late_sides:
         # They have been asked for everything.
-        driver.retire([NO_CACHE, LMCACHE_MEMKV, MEMKV_CACHED])
+        driver.retire([NO_CACHE, LMCACHE_MEMKV, MEMKV_MEMORY])
     for name, make in run.late_sides:
         run.say("the slow tier's engine starts")
         # Its cost gate knows what prefill costs from prompts that it computes first.

@@ -14,7 +14,7 @@ from benchmarks.compare.names import (
     LMCACHE_FS,
     LMCACHE_MEMKV,
     MEMKV,
-    MEMKV_CACHED,
+    MEMKV_MEMORY,
     NATIVE,
     NO_CACHE,
     PREFIX_CACHE,
@@ -40,8 +40,8 @@ DESCRIPTIONS = {
     LMCACHE_FS: "LMCacheMPConnector and `lmcache server` with its own fs adapter as second level",
     LMCACHE_MEMKV: "the same with our adapter as second level",
     MEMKV: "MemKVConnector",
-    MEMKV_CACHED: "MemKVConnector with `direct_io: page_cache`: memory that the machine has to spare, as the peers "
-    "have theirs; not asked for documents, which have to come from the disk",
+    MEMKV_MEMORY: "MemKVConnector with `memory_bytes`: with its staging as much memory before its disk as the peers "
+    "have; not asked for what has to come from the disk",
     THROTTLED: "MemKVConnector on the same directory, whose reads are slowed down to 50 MB/s; asked only for what "
     "`memkv` stored",
 }
@@ -150,13 +150,25 @@ class MemKVSide(VllmSide):
             raise SideFailed(str(error)) from error
 
 
-class CachedSide(MemKVSide):
-    """Ours through the page cache."""
+class MemorySide(MemKVSide):
+    """Ours with a level of memory.
 
-    skips_documents = True
+    Args:
+        spec: The engine, without a connector.
+        folder: Where it stores.
+        log: Where the engine's output goes.
+        dram_bytes: Memory before the disk, staging included.
+        staging_bytes: What is staged in.
+        extra: Further settings of the connector.
+    """
 
-    def __init__(self, spec: EngineSpec, folder: Path, log: Path, **extra: Any) -> None:
-        super().__init__(MEMKV_CACHED, spec, folder, log, direct_io="page_cache", **extra)
+    keeps_memory = True
+
+    def __init__(
+        self, spec: EngineSpec, folder: Path, log: Path, dram_bytes: int, staging_bytes: int, **extra: Any
+    ) -> None:
+        memory = {"staging_bytes": staging_bytes, "memory_bytes": dram_bytes - staging_bytes}
+        super().__init__(MEMKV_MEMORY, spec, folder, log, **{**extra, **memory})
 
 
 class ThrottledSide(MemKVSide):

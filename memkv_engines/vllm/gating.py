@@ -16,8 +16,8 @@ from memkv_engines.limits import MAX_STEPS_TIMED, MIN_PREFILL_SAMPLE_TOKENS
 from memkv_engines.metrics import Counters
 from memkv_engines.offload.cost_gate import Candidate, CostGate, LoadTicket
 from memkv_engines.offload.estimates import StepClock
+from memkv_engines.offload.residents import NOTHING, MemoryShare
 from memkv_engines.vllm.metadata import Handshake, Measured, slowest
-from memkv_engines.vllm.residency import NOTHING, MemoryShare
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from memkv_engines.offload.leftovers import Holds
 from memkv_engines.offload.lookup import GroupView, Hit, PrefixLookup
 from memkv_engines.offload.messages import Manifest, ProbeDone, Setup
 from memkv_engines.offload.planning import StorePlanner
-from memkv_engines.offload.residents import RankResidents
+from memkv_engines.offload.residents import NOTHING, MemoryShare, RankResidents, memory_share
 from memkv_engines.offload.service import staging_slots
 from memkv_engines.vllm import compat
 from memkv_engines.vllm.gating import HitGate, Judged
@@ -29,7 +29,6 @@ from memkv_engines.vllm.idle_wait import IdleWait
 from memkv_engines.vllm.load_runs import LoadPlan, plan_load
 from memkv_engines.vllm.lora import AdapterNamespaces
 from memkv_engines.vllm.metadata import Handshake, StepMetadata, WorkerReport
-from memkv_engines.vllm.residency import NOTHING, MemoryShare, memory_share
 
 log = get_logger(__name__)
 

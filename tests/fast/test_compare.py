@@ -27,7 +27,7 @@ from benchmarks.compare.names import (
     LMCACHE_FS,
     LOCAL,
     MEMKV,
-    MEMKV_CACHED,
+    MEMKV_MEMORY,
     NATIVE,
     NO_CACHE,
     NO_STORAGE,
@@ -162,21 +162,24 @@ def test_a_load_is_judged_by_its_own_timer_whatever_attention_takes(load_s: floa
 
 
 def test_who_was_not_asked_is_not_judged() -> None:
-    body = stage_body("vllm", talks({MEMKV_CACHED: 1.0, NATIVE: 1.1, NO_CACHE: 2.0}, units=8), [])
-    whole, some = judge.judge_vllm(body), judge.judge_vllm({**body, "asked": [NO_CACHE, NATIVE, MEMKV_CACHED]})
-    assert {one.promise.split(":")[0] for one in whole.judgements} == {MEMKV, MEMKV_CACHED, THROTTLED}
-    assert [(one.promise.split(":")[0], one.status) for one in some.judgements] == [(MEMKV_CACHED, intervals.MET)] * 3
+    body = stage_body("vllm", talks({MEMKV_MEMORY: 1.0, NATIVE: 1.1, NO_CACHE: 2.0}, units=8), [])
+    whole, some = judge.judge_vllm(body), judge.judge_vllm({**body, "asked": [NO_CACHE, NATIVE, MEMKV_MEMORY]})
+    assert {one.promise.split(":")[0] for one in whole.judgements} == {MEMKV, MEMKV_MEMORY, THROTTLED}
+    assert [(one.promise.split(":")[0], one.status) for one in some.judgements] == [(MEMKV_MEMORY, intervals.MET)] * 3
 
 
 def test_what_was_left_out_is_not_judged_and_has_no_table(tmp_path: Path) -> None:
-    body = stage_body("vllm", talks({MEMKV: 1.0, MEMKV_CACHED: 0.98, NATIVE: 1.1}, units=8), [])
+    body = stage_body("vllm", talks({MEMKV: 1.0, MEMKV_MEMORY: 0.98, NATIVE: 1.1}, units=8), [])
     body.update(asked=list(plan.TALKS.vllm_sides), profile=asdict(plan.TALKS))
     judgements = judge.judge_vllm(body).judgements
-    assert [one.promise.split(":")[0] for one in judgements] == [MEMKV_CACHED, MEMKV, MEMKV]
+    assert [one.promise.split(":")[0] for one in judgements] == [MEMKV_MEMORY, MEMKV, MEMKV]
     assert [one.status for one in judgements] == [intervals.MET, intervals.MET, intervals.UNDECIDED], "none resumed"
     report.write(compare.combined(plan.TALKS, {"vllm": body}, 60.0, harness.environment(tmp_path)), tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "### Conversations" in text and "Documents of" not in text and "Passages" not in text
+    page = compare.combined(plan.TALKS, {"vllm": body}, 60.0, {})
+    assert len(plots.panels_of(page)) == 2, "rates and turns"
+    assert plots.panels_of({**page, "stages": {}, "cells": []}) == []
     first = compare.runs_of(plan.TALKS, ["vllm"])[0]
     assert [one.what for one in first.estimates()] == ["engines start", CONVERSATIONS, "conversations resumed"]
 

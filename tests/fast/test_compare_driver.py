@@ -142,12 +142,12 @@ def test_all_sides_are_asked_for_the_same_and_none_always_first(tmp_path: Path) 
     assert all(one.closed for one in sides)
 
 
-def test_a_side_may_leave_documents_out(tmp_path: Path) -> None:
+def test_a_side_that_keeps_its_memory_is_not_asked_for_what_has_to_come_from_the_disk(tmp_path: Path) -> None:
     sides = [FakeSide("a", tmp_path), FakeSide("talks", tmp_path)]
-    sides[1].skips_documents = True
+    sides[1].keeps_memory = True
     body = run_all(sides, tmp_path / "record.json")
     asked = {one.name: {b["workload"] for b in batches_of(body["batches"], side=one.name)} for one in sides}
-    assert asked["a"] - asked["talks"] == {DOCUMENTS} and CONVERSATIONS in asked["talks"]
+    assert asked["a"] - asked["talks"] == {DOCUMENTS, RESUMED} and CONVERSATIONS in asked["talks"]
 
 
 @pytest.mark.parametrize("workloads", [(CONVERSATIONS,), (DOCUMENTS,), (RAG, REPETITION), WORKLOADS])

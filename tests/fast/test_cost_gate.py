@@ -27,6 +27,7 @@ TOKEN_BYTES = 100_000
 MB = 1_000_000
 CHUNK_TOKENS, READERS = 64, 4
 LOADS = ("faster", "negligible", "unmeasured")
+MEMORY_MB_PER_S = 20_000.0
 
 
 class World:
@@ -46,6 +47,7 @@ class World:
         self.gate = CostGate(enabled=True, clock=self.clock)
         self.mb_per_s, self.latency_s = mb_per_s, latency_s
         self.tokens_per_s, self.quadratic_s = tokens_per_s, quadratic_s
+        self.memory_mb_per_s = MEMORY_MB_PER_S
         self.noise = lambda: 1.0
 
     def prefill_s(self, start: int, stop: int) -> float:
@@ -70,18 +72,29 @@ class World:
     def load(self, candidate: Candidate) -> tuple[int, float]:
         """As the I/O service does it: stopped when it is seen to be slow, but what is being read is finished."""
         ticket = self.gate.load_began(candidate)
-        seconds = self.load_s(candidate.tokens) * self.noise()
-        tokens = candidate.tokens
+        read = candidate.tokens - candidate.memory_tokens
+        seconds = self.load_s(read) * self.noise() if read else 0.0
         if ticket.stop_s and seconds > ticket.stop_s:
-            tokens = min(tokens, READERS * CHUNK_TOKENS)
-            seconds = self.load_s(tokens)
+            read = min(read, READERS * CHUNK_TOKENS)
+            seconds = self.load_s(read)
+        seconds += self.memory_s(candidate.memory_tokens)
         self.clock.now += seconds
-        self.gate.load_ended(ticket, tokens * TOKEN_BYTES, seconds, stopped=tokens < candidate.tokens)
+        tokens = candidate.memory_tokens + read
+        self.gate.load_ended(
+            ticket,
+            read * TOKEN_BYTES,
+            seconds,
+            memory_bytes=candidate.memory_tokens * TOKEN_BYTES,
+            stopped=tokens < candidate.tokens,
+        )
         return tokens, seconds
 
-    def request(self, start: int, stop: int) -> tuple[Verdict, float]:
+    def memory_s(self, tokens: int) -> float:
+        return tokens * TOKEN_BYTES / (self.memory_mb_per_s * MB)
+
+    def request(self, start: int, stop: int, memory_tokens: int = 0) -> tuple[Verdict, float]:
         """Verdict, and the time to the first token."""
-        hit = Candidate(start, stop, (stop - start) * TOKEN_BYTES)
+        hit = Candidate(start, stop, (stop - start) * TOKEN_BYTES, memory_tokens, memory_tokens * TOKEN_BYTES)
         verdict = self.gate.judge(hit, 16)
         seconds, loaded = 0.0, 0
         if verdict.tokens:
@@ -333,3 +346,89 @@ def test_turning_round_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -
     assert "hits of about 6000 tokens are not loaded any more" in caplog.text
     assert world.gate.counters["gate_declined_tokens"] == 2 * 6000
     assert TRIAL_PAUSE_S > 0
+
+
+# -------------------------------------------------------------------------------------------------------- two levels
+
+
+def test_from_a_slow_tier_only_what_lies_in_memory_is_loaded() -> None:
+    world = World(mb_per_s=50)
+    world.warm_up()
+    world.request(0, 8192)
+    verdict, seconds = world.request(0, 8192, memory_tokens=4096)
+    assert verdict == Verdict(4096, "memory")
+    assert seconds == pytest.approx(world.memory_s(4096) + world.prefill_s(4096, 8192))
+    assert world.request(0, 8192, memory_tokens=8192)[0] == Verdict(8192, "memory")
+    assert world.gate.counters["gate_memory"] == 2
+    assert world.gate.counters["gate_declined_tokens"] == 4096
+
+
+def test_a_quick_tier_is_loaded_from_beside_memory() -> None:
+    world = World(mb_per_s=3000)
+    world.warm_up()
+    world.request(0, 8192)
+    verdict, _ = world.request(0, 8192, memory_tokens=4096)
+    assert verdict == Verdict(8192, "faster")
+
+
+def test_what_came_from_memory_tells_nothing_of_the_tier() -> None:
+    world = World(mb_per_s=50)
+    world.warm_up()
+    for _ in range(3):
+        verdict, _ = world.request(0, 4096, memory_tokens=4096)
+        assert verdict == Verdict(4096, "memory")
+    assert not world.gate._load.known and world.gate._memory.known
+    # Most of a load from memory: its time is not that of what was read.
+    ticket = world.gate.load_began(Candidate(0, 4096, 4096 * TOKEN_BYTES, 4000, 4000 * TOKEN_BYTES))
+    world.gate.load_ended(ticket, 96 * TOKEN_BYTES, 1.0, memory_bytes=4000 * TOKEN_BYTES)
+    assert not world.gate._load.known
+
+
+def test_the_stop_is_for_what_is_read() -> None:
+    world = World(mb_per_s=50)
+    world.warm_up()
+    size = 8192 * TOKEN_BYTES
+    whole = world.gate.load_began(Candidate(0, 8192, size)).stop_s
+    part = world.gate.load_began(Candidate(0, 8192, size, 6144, 6144 * TOKEN_BYTES)).stop_s
+    assert part == pytest.approx(STOP_MARGIN * world.gate._prefill.seconds(6144, 8192)) and part < whole
+
+
+def test_a_trial_of_the_tier_follows_what_lies_in_memory() -> None:
+    world = World(mb_per_s=50)
+    world.warm_up()
+    world.request(0, 16384)
+    assert world.request(0, 16384, memory_tokens=4096)[0] == Verdict(4096, "memory"), "not so soon"
+    world.clock.now += 10 * TRIAL_PAUSE_S
+    verdict, _ = world.request(0, 16384, memory_tokens=4096)
+    assert verdict.reason == "trial" and 4096 < verdict.tokens < 16384
+    again, _ = world.request(0, 16384, memory_tokens=4096)
+    assert again == Verdict(4096, "memory"), "the turn was taken"
+
+
+def test_memory_that_is_slower_than_recomputing_is_not_used_once_and_then_tried_again() -> None:
+    world = World(mb_per_s=3000)
+    world.warm_up()
+    world.memory_mb_per_s = 10
+    assert world.request(0, 4096, memory_tokens=4096)[0] == Verdict(4096, "memory")
+    assert world.request(0, 4096, memory_tokens=4096)[0] == Verdict(0, "slower")
+    world.memory_mb_per_s = MEMORY_MB_PER_S
+    assert world.request(0, 4096, memory_tokens=4096)[0] == Verdict(4096, "memory")
+    assert world.request(0, 4096, memory_tokens=4096)[0] == Verdict(4096, "memory")
+
+
+@settings(max_examples=60, deadline=None)
+@given(speeds, st.lists(st.tuples(hits, st.floats(0, 1)), min_size=2, max_size=12))
+def test_memory_never_makes_a_request_slower_than_recomputing(
+    mb_per_s: float, requests: list[tuple[tuple[int, int], float]]
+) -> None:
+    world = World(mb_per_s)
+    world.warm_up()
+    first_chunks_s = world.load_s(READERS * CHUNK_TOKENS)
+    for (start, stop), share in requests:
+        memory_tokens = int(share * (stop - start))
+        recompute_s, rest_s = world.prefill_s(start, stop), world.prefill_s(start + memory_tokens, stop)
+        verdict, seconds = world.request(start, stop, memory_tokens)
+        slack_s = NEGLIGIBLE_LOAD_S + max(first_chunks_s if verdict.reason == "unmeasured" else 0.0, STOP_FLOOR_S)
+        if verdict.reason == "trial":
+            slack_s += max(TRIAL_SHARE * recompute_s, world.load_s(MIN_TRIAL_TOKENS + 16))
+        assert seconds <= STOP_MARGIN * rest_s + world.memory_s(memory_tokens) + slack_s

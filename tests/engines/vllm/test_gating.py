@@ -9,6 +9,7 @@ import pytest
 
 from memkv_engines.limits import MIB
 from memkv_engines.metrics import Counters
+from memkv_engines.offload.residents import NOTHING, MemoryShare
 
 FULL = {"group": 0, "block_tokens": 32, "blocks_per_chunk": 16, "window_tokens": 0}
 
@@ -38,7 +39,7 @@ def step(gate: Any, scheduled: dict[str, int], computed: dict[str, int]) -> int:
 
 def test_the_slowest_rank_counts_and_windows_hold_their_window_only(gating: Any) -> None:
     gate, _ = made(gating, [facts(100)], [facts(300), facts(50, group=1, window_tokens=64)])
-    assert gate._candidate(0, 3200).size_bytes == 100 * 300 + 3 * 50
+    assert gate._candidate(0, 3200, NOTHING).size_bytes == 100 * 300 + 3 * 50
 
 
 def test_steps_with_prefill_are_timed_and_others_are_not(gating: Any) -> None:
@@ -54,28 +55,58 @@ def test_steps_with_prefill_are_timed_and_others_are_not(gating: Any) -> None:
     assert gate._gate._prefill.known
 
 
+def nothing() -> MemoryShare:
+    return NOTHING
+
+
 def test_a_load_counts_when_every_rank_is_done(gating: Any) -> None:
     gate, counters = made(gating, [facts(MIB)], [facts(MIB)])
-    first = gate.judge(None, 0, 3200)
-    assert (first.start, first.stop, first.tokens) == (0, 3200, 3200)
-    assert gate.judge(first, 0, 3200) is first, "a request is judged once"
-    assert gate.load_began(1, 0, 3200) > 0
-    assert gate.judge(None, 0, 640) is None, "who comes during the first load waits for what it tells"
-    gate.load_measured(1, (100 * MIB, 5_000_000, False))
-    gate.load_measured(1, (100 * MIB, 9_000_000, False))
-    gate.load_measured(2, (1, 1, False))
+    first = gate.judge(None, 0, 3200, nothing)
+    assert (first.hit.start, first.hit.stop, first.tokens) == (0, 3200, 3200)
+    assert gate.judge(first, 0, 3200, nothing) is first, "a request is judged once"
+    assert gate.load_began(1, first, 0, 3200) > 0
+    assert gate.judge(None, 0, 640, nothing) is None, "who comes during the first load waits for what it tells"
+    gate.load_measured(1, (100 * MIB, 0, 5_000_000, False))
+    gate.load_measured(1, (100 * MIB, 0, 9_000_000, False))
+    gate.load_measured(2, (1, 0, 1, False))
     gate.load_ended(1)
     gate.load_ended(1)
     assert gate._gate._load.seconds(100 * MIB) == pytest.approx(9.0, rel=0.01)
-    assert gate.judge(None, 0, 640) is not None
+    assert gate.judge(None, 0, 640, nothing) is not None
     assert counters["gate_unmeasured"] == 1
+
+
+def test_what_lies_in_memory_is_judged_for_itself(gating: Any) -> None:
+    gate, counters = made(gating, [facts(MIB)], [facts(2 * MIB)])
+    share = MemoryShare(1000, {0: 40})
+    judged = gate.judge(None, 0, 3200, lambda: share)
+    hit = judged.hit
+    assert (hit.memory_tokens, hit.memory_bytes, hit.size_bytes) == (992, 80 * MIB, 200 * MIB), "the slowest rank's"
+    assert judged.tokens == 3200 and counters["gate_unmeasured"] == 1
+    # Begun as judged, with what is loaded of it; and for what nobody judged nothing is known of memory.
+    assert gate.load_began(1, judged, 0, 3200) > 0
+    gate.load_measured(1, (120 * MIB, 80 * MIB, 60_000_000, False))
+    gate.load_ended(1)
+    gate.step_ended(0)
+    for number in range(3):
+        gate._gate.observe_prefill([(0, 2048)], 1.0 + number / 100)
+    again = gate.judge(None, 0, 3200, lambda: share)
+    assert (again.tokens, counters["gate_memory"]) == (992, 1), "the rest takes a minute"
+    assert again.part(0, 992).tier_bytes == 0 and again.part(32, 992) is None and again.part(0, 3232) is None
+    everything = gate.judge(None, 0, 3200, lambda: MemoryShare(3200, {0: 100}))
+    assert everything.tokens == 3200 and everything.hit.tier_bytes == 0
+    assert gate.load_began(2, everything, 0, 3200) > 0
+    gate.load_measured(2, (0, 200 * MIB, 100_000, False))
+    gate.load_ended(2)
+    assert gate._gate._memory.seconds(200 * MIB) == pytest.approx(0.1, rel=0.01)
+    assert gate.load_began(3, None, 0, 640) > 0
 
 
 def test_a_load_that_failed_everywhere_tells_nothing(gating: Any) -> None:
     gate, counters = made(gating, [facts(MIB)])
-    gate.load_began(1, 0, 3200)
+    gate.load_began(1, None, 0, 3200)
     gate.load_ended(1)
-    assert gate.judge(None, 0, 3200).tokens == 3200
+    assert gate.judge(None, 0, 3200, nothing).tokens == 3200
     assert counters["gate_unmeasured"] == 1
 
 
