@@ -39,9 +39,11 @@ class Driver:
         record: Where measurements go.
         clock: When to leave out further rounds.
         say: Told how it goes.
+        set_number: Which set of processes these are, from 1 on.
     """
 
-    def __init__(self, record: Record, clock: Clock, say: Say) -> None:
+    def __init__(self, record: Record, clock: Clock, say: Say, set_number: int = 1) -> None:
+        self._set_number = set_number
         self._sides: dict[str, Side] = {}
         self._meters: dict[str, Meter] = {}
         self._record, self._clock, self._say = record, clock, say
@@ -113,7 +115,7 @@ class Driver:
 
     def _note_end(self, name: str) -> None:
         side, meter = self._sides[name], self._meters[name]
-        self._record.set_side(name, peak_rss_bytes=meter.peak_rss_bytes, peak_pss_bytes=meter.peak_pss_bytes)
+        self._record.peaks(name, peak_rss_bytes=meter.peak_rss_bytes, peak_pss_bytes=meter.peak_pss_bytes)
         if not side.only_loads:
             self._record.stored(side)
 
@@ -160,7 +162,7 @@ class Driver:
             # What one left to the kernel to be written must not take the device from the next.
             os.sync()
             meter.read_memory()
-            self._record.add_batch(name, labels, result, used)
+            self._record.add_batch(name, {**labels, "processes": self._set_number}, result, used)
         return result
 
     def forget(self, name: str) -> None:
@@ -257,9 +259,10 @@ class Driver:
             corpus: Where texts come from.
             cold: Drop what is stored from the page cache before each turn.
         """
-        for number in range(1, plan.rounds + 1):
-            if number > 1 and self._clock.is_late():
-                self._record.note(f"{CONVERSATIONS}: out of time before round {number} of {plan.rounds}")
+        rounds = self._rounds(plan)
+        for number in rounds:
+            if number > rounds[0] and self._clock.is_late():
+                self._record.note(f"{CONVERSATIONS}: out of time before round {number} of {rounds[-1]}")
                 return
             talks = workloads.conversations(corpus, plan.count, plan.turns, plan.document_tokens, plan.user_tokens)
             self._talk(plan, talks, number, cold)
@@ -272,7 +275,7 @@ class Driver:
         storing = [name for name in self.visited_first() if self._sides[name].stores]
         names = [name for name in storing if not self._sides[name].keeps_memory]
         self.forget_all()
-        for number, histories in enumerate(self._talks, 1):
+        for number, histories in zip(self._rounds(plan), self._talks, strict=False):
             messages = [corpus.take(plan.user_tokens) for _ in range(plan.count)]
             for unit, group in _groups(plan, number):
                 for name in self.order(names):
@@ -280,6 +283,11 @@ class Driver:
                     labels = {"step": "next turn", "unit": unit, "length": len(asked[0]), "round": number}
                     self.visit(name, asked, plan.answer_tokens, workload=RESUMED, **labels)
                 self._tell(RESUMED, "next turn", unit, number)
+
+    def _rounds(self, plan: plans.Conversations) -> range:
+        """Numbers of rounds, which go on from one set of processes to the next."""
+        first = (self._set_number - 1) * plan.rounds + 1
+        return range(first, first + plan.rounds)
 
     def _talk(self, plan: plans.Conversations, talks: Sequence[Conversation], number: int, cold: bool) -> None:
         histories = {name: [list(talk.opening) for talk in talks] for name in self._sides}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,10 +56,28 @@ def status_of(low: float, high: float, limit: float, *, at_most: bool) -> str:
     return MET if low >= limit else MISSED if high < limit else UNDECIDED
 
 
-def interval(units: int, statistic: Statistic, seed: int = 1) -> tuple[float, float, float]:
-    """Returns a statistic of all units, and its 95% bootstrap interval over them."""
+def interval(
+    units: int, statistic: Statistic, seed: int = 1, *, sets: Sequence[int] | None = None
+) -> tuple[float, float, float]:
+    """Returns a statistic of all units, and its 95% bootstrap interval over them.
+
+    Args:
+        units: How many.
+        statistic: Of the units with some indices.
+        seed: Of the samples.
+        sets: The set of processes that each unit was measured in. Processes that do the same differ from each other as
+            long as they live, so that of several sets whole ones are drawn, and of each its units anew.
+    """
     generator = np.random.default_rng(seed)
-    drawn = [statistic(generator.integers(0, units, units)) for _ in range(SAMPLES)]
+    members = [np.flatnonzero(np.array(sets) == one) for one in sorted(set(sets))] if sets is not None else []
+
+    def draw() -> Indices:
+        if len(members) < 2:
+            return generator.integers(0, units, units)
+        chosen = (members[number] for number in generator.integers(0, len(members), len(members)))
+        return np.concatenate([generator.choice(indices, len(indices)) for indices in chosen])
+
+    drawn = [statistic(draw()) for _ in range(SAMPLES)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return statistic(np.arange(units)), float(low), float(high)
 
@@ -73,13 +91,17 @@ def judged(
     at_most: bool,
     note: str = "",
     required: bool = True,
+    sets: Sequence[int] | None = None,
 ) -> Judgement:
-    """Returns the judgement on a statistic."""
+    """Returns the judgement on a statistic; `sets` as for `interval`."""
+    processes = len(set(sets or ()))
+    if processes > 1:
+        note = "; ".join(filter(None, [note, f"in {processes} sets of fresh processes"]))
     if units < MIN_UNITS:
         value = statistic(np.arange(units)) if units else None
         found = f"{units} of at least {MIN_UNITS} comparisons"
         note = f"{note}; {found}" if note else found
         return Judgement(promise, UNDECIDED, value, None, None, limit, at_most, units, note, required)
-    value, low, high = interval(units, statistic)
+    value, low, high = interval(units, statistic, sets=sets)
     status = status_of(low, high, limit, at_most=at_most)
     return Judgement(promise, status, value, low, high, limit, at_most, units, note, required)

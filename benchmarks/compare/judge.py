@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,9 @@ def judge_throughput(
 
     missing = [name for name in others if name not in there]
     note = f"without {', '.join(missing)}" if missing else ""
-    return judged(promise, len(keys), ratio, factor, at_most=False, note=note, required=required)
+    set_of = {batch["unit"]: set_number(batch) for batch in batches_of(batches, workload=workload, side=side)}
+    sets = [set_of[key] for key in keys]
+    return judged(promise, len(keys), ratio, factor, at_most=False, note=note, required=required, sets=sets)
 
 
 # ------------------------------------------------------------------------------------------------------- first visits
@@ -222,6 +225,7 @@ def judge_first_visit(batches: Sequence[Batch], side: str = MEMKV, baseline: str
             ratio_of(ttft_s),
             FIRST_VISIT_COST,
             at_most=True,
+            sets=sets_of(pairs),
         ),
         judged(
             f"{side}: a first visit costs at most 2% more CPU seconds than {baseline}'s, stores included",
@@ -230,6 +234,7 @@ def judge_first_visit(batches: Sequence[Batch], side: str = MEMKV, baseline: str
             FIRST_VISIT_COST,
             at_most=True,
             required=False,
+            sets=sets_of(pairs),
         ),
         judged(
             f"{side}: storing a first visit takes its I/O processes at most 2% of the CPU seconds that {baseline} uses "
@@ -238,6 +243,7 @@ def judge_first_visit(batches: Sequence[Batch], side: str = MEMKV, baseline: str
             lambda indices: float(np.median(shares[indices])),
             FIRST_VISIT_COST - 1.0,
             at_most=True,
+            sets=sets_of(pairs),
         ),
     ]
 
@@ -246,6 +252,16 @@ def paired(batches: Sequence[Batch], side: str, other: str) -> list[tuple[Batch,
     """Returns the visits of two sides with the same labels, side by side."""
     theirs = {_place(batch): batch for batch in batches_of(batches, side=other)}
     return [(b, theirs[_place(b)]) for b in batches_of(batches, side=side) if _place(b) in theirs]
+
+
+def set_number(batch: Batch) -> int:
+    """Returns which set of processes a visit was made in."""
+    return int(batch.get("processes", 1))
+
+
+def sets_of(pairs: Sequence[tuple[Batch, Batch]]) -> list[int]:
+    """Returns that of each pair."""
+    return [set_number(ours) for ours, _ in pairs]
 
 
 def _place(batch: Batch) -> tuple[Any, ...]:
@@ -287,7 +303,7 @@ def noise_of(batches: Sequence[Batch], one: str = NO_CACHE, other: str = PREFIX_
     if len(pairs) < MIN_UNITS:
         return None
     ratios = np.array([ttft_s(a) / ttft_s(b) for a, b in pairs])
-    _, low, high = interval(len(pairs), lambda indices: float(np.median(ratios[indices])))
+    _, low, high = interval(len(pairs), lambda indices: float(np.median(ratios[indices])), sets=sets_of(pairs))
     return min(MAX_NOISE, max(high - 1.0, 1.0 / low - 1.0, 0.0))
 
 
@@ -319,10 +335,15 @@ def hit_cells(batches: Sequence[Batch], side: str, recomputing: Sequence[str], n
             # Too few for an interval. What is seen in all of them counts as long as it is far from the limit.
             cells.append(_few(side, what, ratios, share, noise))
             continue
-        ratio, low, high = interval(len(pairs), lambda indices, r=ratios: float(np.median(r[indices])))
+        statistic: Statistic = partial(_median_of, ratios)
+        ratio, low, high = interval(len(pairs), statistic, sets=sets_of(pairs))
         status = status_of(low, high, 1.0 + noise, at_most=True)
         cells.append(Cell(side, what, status, ratio, low, high, len(pairs), share))
     return cells
+
+
+def _median_of(values: npt.NDArray[np.float64], indices: Indices) -> float:
+    return float(np.median(values[indices]))
 
 
 def _few(side: str, what: str, ratios: npt.NDArray[np.float64], share: float, noise: float) -> Cell:

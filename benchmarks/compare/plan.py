@@ -159,6 +159,7 @@ class Profile:
         vllm_sides: Who takes part in vLLM's stage.
         apart: The profile in which `APART` take part where memory does not hold all sides at the same time.
         workloads: What vLLM's sides are asked for, of `WORKLOADS`.
+        process_sets: How often vLLM's stage is run, each time with fresh processes.
         then: Further profiles that are run in vLLM after this one.
     """
 
@@ -182,6 +183,7 @@ class Profile:
     vllm_sides: tuple[str, ...] = VLLM_SIDES
     apart: str = ""
     workloads: tuple[str, ...] = WORKLOADS
+    process_sets: int = 1
     then: tuple[str, ...] = ()
 
 
@@ -262,12 +264,14 @@ OTHER_SIDES = replace(
     vllm_sides=(NO_CACHE, NATIVE, *APART),
     apart="",
 )
-# Where the best peer and ours are within a few percent of each other: 48 units of them and nothing else.
+# Where the best peer and ours are within a few percent of each other, as two processes are that do the same: 48 units
+# of them and nothing else, four in each set of processes.
 TALKS = replace(
     DEFAULT,
     name="conversations",
-    conversations=replace(DEFAULT.conversations, rounds=12),
+    conversations=replace(DEFAULT.conversations, rounds=1),
     workloads=(CONVERSATIONS,),
+    process_sets=12,
     vllm_minutes=45.0,
     vllm_sides=(NATIVE, MEMKV, MEMKV_MEMORY),
     apart="",
@@ -350,12 +354,13 @@ def estimate_vllm(profile: Profile, sides: int, storing: int) -> list[Estimate]:
         storing: Those of them that store.
     """
     started = sides + (DOCUMENTS in profile.workloads)
-    return [
+    found = [
         Estimate("engines start", started, _VLLM_START_S * started),
         *(_documents(profile, sides, storing) if DOCUMENTS in profile.workloads else ()),
         *(_conversations(profile, sides, storing) if CONVERSATIONS in profile.workloads else ()),
         *(_requests(profile, sides, workload) for workload in (RAG, REPETITION) if workload in profile.workloads),
     ]
+    return [Estimate(one.what, profile.process_sets * one.visits, profile.process_sets * one.seconds) for one in found]
 
 
 def _documents(profile: Profile, sides: int, storing: int) -> list[Estimate]:

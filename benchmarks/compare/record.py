@@ -51,12 +51,18 @@ class Record:
         temporary.replace(self._path)
 
     def add_side(self, name: str, what: str) -> None:
-        """Notes a contestant."""
-        self.body["sides"][name] = {"what": what, "status": "starting", "error": ""}
+        """Notes a contestant, or that it starts anew."""
+        known = self.body["sides"].get(name, {})
+        self.body["sides"][name] = {**known, "what": what, "status": "starting", "error": ""}
 
     def set_side(self, name: str, **values: Any) -> None:
         """Notes more of a contestant."""
         self.body["sides"][name].update(values)
+
+    def peaks(self, name: str, **values: int) -> None:
+        """Notes figures of which the highest counts."""
+        side = self.body["sides"][name]
+        side.update({key: max(value, side.get(key, 0)) for key, value in values.items()})
 
     def fail(self, name: str, where: str, error: BaseException) -> None:
         """Notes that a contestant is out."""
@@ -88,9 +94,13 @@ class Record:
         self.save()
 
     def stored(self, side: Side) -> None:
-        """Notes what a contestant has on its device now."""
-        files = side.files()
-        self.set_side(side.name, stored_bytes=sum(path.stat().st_size for path in files), stored_files=len(files))
+        """Notes what a contestant has on its device at its end, beside what it had at earlier ends."""
+        files, known = side.files(), self.body["sides"][side.name]
+        self.set_side(
+            side.name,
+            stored_bytes=known.get("stored_bytes", 0) + sum(path.stat().st_size for path in files),
+            stored_files=known.get("stored_files", 0) + len(files),
+        )
 
 
 def batches_of(batches: Sequence[Batch], **labels: Any) -> Iterator[Batch]:

@@ -162,12 +162,12 @@ def _loss(
     more_is_better: bool,
 ) -> list[list[str]]:
     found = judge.paired([b for b in batches if b["workload"] == workload], side, other)
-    told = [(numbers(ours), numbers(theirs)) for ours, theirs in found]
-    pairs = [(a, b) for a, b in told if a is not None and b is not None and b > 0]
+    told = [(numbers(ours), numbers(theirs), judge.set_number(ours)) for ours, theirs in found]
+    pairs = [(a / b, number) for a, b, number in told if a is not None and b is not None and b > 0]
     if not pairs:
         return []
-    ratios = np.array([a / b for a, b in pairs])
-    value, low, high = intervals.interval(len(pairs), lambda indices: float(np.median(ratios[indices])))
+    ratios, sets = np.array([ratio for ratio, _ in pairs]), [number for _, number in pairs]
+    value, low, high = intervals.interval(len(pairs), lambda indices: float(np.median(ratios[indices])), sets=sets)
     worse = value < 1.0 if more_is_better else value > 1.0
     if not worse:
         return []

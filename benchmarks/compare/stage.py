@@ -289,6 +289,26 @@ def run_sglang(driver: Driver, profile: Profile, corpus: Corpus, say: Say) -> No
     driver.conversations(profile.sglang, corpus, cold=True)
 
 
+def run_set(stage: str, driver: Driver, makers: Mapping[str, Make], profile: Profile, corpus: Corpus, run: Run) -> None:
+    """Everything with one set of processes, which are ended whatever becomes of it; who has failed before is out."""
+    sides = run.record.body["sides"]
+    try:
+        driver.add({name: make for name, make in makers.items() if sides.get(name, {}).get("status") != "failed"})
+        if stage == "vllm":
+            run_vllm(driver, profile, corpus, run)
+        else:
+            run_sglang(driver, profile, corpus, run.say)
+        driver.finish()
+    finally:
+        driver.close()
+
+
+def empty(folder: Path) -> None:
+    """Removes what is in a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def model_of(stage: str, profile: Profile) -> Path:
     """Returns the model's folder, built where it is not there."""
     if stage == "sglang":
@@ -342,25 +362,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     head = {"stage": parsed.stage, "asked": names, "profile": asdict(profile), "environment": environment}
     record = Record(parsed.output, head)
-    driver: Driver | None = None
     try:
         model = model_of(parsed.stage, profile)
         makers = vllm_makers(profile, model, scratch) if is_vllm else sglang_makers(profile, scratch)
-        clock = Clock(parsed.minutes)
-        driver = Driver(record, clock, say)
-        driver.add({name: make for name, make in makers.items() if name in names and name != THROTTLED})
+        clock, corpus = Clock(parsed.minutes), Corpus(model)
         late = {name: makers[name] for name in names if name == THROTTLED}
         run = Run(record, clock, say, tuple(late.items()))
-        if is_vllm:
-            run_vllm(driver, profile, Corpus(model), run)
-        else:
-            run_sglang(driver, profile, Corpus(model), say)
+        for number in range(1, (profile.process_sets if is_vllm else 1) + 1):
+            if number > 1 and run.is_late(f"sets of processes from {number} on"):
+                break
+            started = {name: make for name, make in makers.items() if name in names and name != THROTTLED}
+            run_set(parsed.stage, Driver(record, clock, say, number), started, profile, corpus, run)
+            empty(scratch)
         record.body["environment"]["stolen_share"] = harness.stolen_share(ticks, harness.cpu_ticks())
         record.body["complete"] = True
-        driver.finish()
     finally:
-        if driver is not None:
-            driver.close()
         record.save()
         shutil.rmtree(scratch, ignore_errors=True)
     failed = [name for name, side in record.body["sides"].items() if side["status"] == "failed"]

@@ -125,7 +125,7 @@ class ThreadBackend:
         self._service = IoService(setup, tier, self._gate, self._replies.append)
         self._service.start()
         self._keepers = [] if setup.read_only else start_keepers(tier)
-        self._replies.append(Ready(tier_name=tier.name, mode_reason=tier.mode_report.reason))
+        self._replies.append(Ready(tier.name, tier.mode_report.reason, memory=self._service.memory))
 
     def send(self, message: Request) -> None:
         self._service.submit(message)

@@ -49,8 +49,8 @@ class BlockingClient:
 
     @property
     def description(self) -> str:
-        """Where the service runs and which transport it took."""
-        return f"{self._client.mode}, {self._client.ready.tier_name} ({self._client.ready.mode_reason})"
+        """Where the service runs, which transport it took, and what memory it has before the tier."""
+        return f"{self._client.mode}, {self._client.ready.text}"
 
     @property
     def is_up(self) -> bool:

@@ -15,6 +15,7 @@ from memkv_engines.keys import ChunkName
 from memkv_engines.limits import MAX_USES_NOTED
 from memkv_engines.log import get_logger
 from memkv_engines.offload.memory_level import MemoryLevel
+from memkv_engines.offload.messages import MemorySize
 from memkv_engines.offload.staging import StagingPool
 from memkv_engines.tier.base import Tier
 
@@ -38,6 +39,11 @@ class MemoryKeeper:
         self.level = MemoryLevel(self._note_use)
         self._thread = threading.Thread(target=self._run, name="memkv-memory", daemon=True)
         self._stopped = threading.Event()
+
+    @property
+    def size(self) -> MemorySize:
+        """What fits in."""
+        return MemorySize(self._pool.slots, self._pool.slot_bytes)
 
     def start(self) -> None:
         """Start the thread."""

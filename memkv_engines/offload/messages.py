@@ -7,7 +7,7 @@ from typing import Union
 import msgspec
 
 from memkv_engines.errors import IoServiceError
-from memkv_engines.limits import HASH_BYTES
+from memkv_engines.limits import HASH_BYTES, MIB
 
 STOPPED = "stopped"
 """Why a load ended early: nothing was wrong, it was too slow (``Load.stop_us``)."""
@@ -168,6 +168,13 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Finish the writes that were gathered, then exit."""
 
 
+class MemorySize(msgspec.Struct, frozen=True, array_like=True):
+    """Of a level of memory: so many chunks of at most so many bytes."""
+
+    chunks: int = 0
+    chunk_bytes: int = 0
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The service runs (``error`` empty) or cannot. ``mount_points`` are those of the tier's directories."""
 
@@ -176,6 +183,15 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     mount_points: tuple[str, ...] = ()
     error: str = ""
     error_kind: str = ""
+    memory: MemorySize = MemorySize()
+
+    @property
+    def text(self) -> str:
+        """For the log: the tier, why it is used so, and what is before it."""
+        told = f"{self.tier_name} ({self.mode_reason})"
+        if self.memory.chunks:
+            told += f", behind {self.memory.chunks} chunks of at most {self.memory.chunk_bytes / MIB:.2f} MiB in memory"
+        return told
 
 
 class Gathered(msgspec.Struct, frozen=True, tag="gathered"):

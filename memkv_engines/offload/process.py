@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     mount_points = setup.mount_points or tuple(map(mount_point, _paths(setup)))
     places = Watch(_paths(setup), mount_points)
     threading.Thread(target=_end_if_changed, args=(places,), name="memkv-watch", daemon=True).start()
-    end.send(encode(Ready(tier.name, tier.mode_report.reason, mount_points)))
+    end.send(encode(Ready(tier.name, tier.mode_report.reason, mount_points, memory=service.memory)))
     return _serve(end, service, messages)
 
 

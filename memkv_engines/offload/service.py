@@ -27,6 +27,7 @@ from memkv_engines.offload.messages import (
     Load,
     LoadDone,
     Manifest,
+    MemorySize,
     Probe,
     ProbeDone,
     Reply,
@@ -108,7 +109,6 @@ class IoService:
         if setup.memory_bytes:
             kept = StagingPool(slot_bytes, max(1, setup.memory_bytes // load_staging.slot_bytes))
             self._memory, self._staging = MemoryKeeper(self._tier, kept), (*self._staging, kept)
-            log.info("level of memory: %d chunks of at most %.2f MiB", kept.slots, kept.slot_bytes / 2**20)
         memory = self._memory.level if self._memory is not None else None
         # Reads that are in flight together end together, and the last ones are placed after the device is done: half as
         # many readers as writers keep it just as busy.
@@ -158,6 +158,11 @@ class IoService:
                 if came or went:
                     self._reply(InMemory(came, went))
         self._reply(reply)
+
+    @property
+    def memory(self) -> MemorySize:
+        """What fits into the level of memory."""
+        return self._memory.size if self._memory is not None else MemorySize()
 
     def start(self) -> None:
         """Start the threads."""

@@ -86,9 +86,7 @@ class WorkerSide:
         if watched and isinstance(self._client, (DeviceIoClient, DirectIoClient)):
             compat.watch_sleep(compat.page_allocator(), self._client.suspend, self._client.wake)
         self._client.start()
-        log.info(
-            "I/O service: %s, %s (%s)", self._client.mode, self._client.ready.tier_name, self._client.ready.mode_reason
-        )
+        log.info("I/O service: %s, %s", self._client.mode, self._client.ready.text)
 
     def handshake(self) -> Handshake:
         """Geometry and weights for the scheduler. Reads every weight once."""

@@ -161,6 +161,20 @@ def test_a_load_is_judged_by_its_own_timer_whatever_attention_takes(load_s: floa
     assert judge.judge_load([*batches, *restores({MEMKV: 9.0}, hits=LENGTH // 2)], raw(0.1), LENGTH).value == one.value
 
 
+def test_units_of_one_set_of_processes_do_not_count_as_if_they_were_independent() -> None:
+    """Three processes are 5% quicker and three 5% slower than the peer's: of 48 units that is 24 to 24."""
+    batches = []
+    for number in range(6):
+        for unit in range(8):
+            for name, seconds in ((MEMKV, 1.05 if number % 2 else 0.95), (NATIVE, 1.0)):
+                one = visit(name, CONVERSATIONS, "turn 2", f"{number}.{unit}", seconds, hits=100)
+                batches.append({**one, "processes": number + 1})
+    alike = [{**batch, "processes": 1} for batch in batches]
+    told, blind = (judge.judge_throughput(some, CONVERSATIONS, MEMKV, [NATIVE], 0.98, "x") for some in (batches, alike))
+    assert told.value == blind.value and blind.status == intervals.MET and told.status == intervals.UNDECIDED
+    assert "6 sets of fresh processes" in told.note and not blind.note
+
+
 def test_who_was_not_asked_is_not_judged() -> None:
     body = stage_body("vllm", talks({MEMKV_MEMORY: 1.0, NATIVE: 1.1, NO_CACHE: 2.0}, units=8), [])
     whole, some = judge.judge_vllm(body), judge.judge_vllm({**body, "asked": [NO_CACHE, NATIVE, MEMKV_MEMORY]})

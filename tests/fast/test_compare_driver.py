@@ -163,6 +163,31 @@ def test_a_profile_asks_for_its_workloads_and_no_other(tmp_path: Path, workloads
     driver.close()
 
 
+def test_each_set_of_processes_is_ended_before_the_next_and_who_failed_is_out(tmp_path: Path) -> None:
+    profile = replace(plan.TINY, conversations=replace(TALK, rounds=1), workloads=(CONVERSATIONS,))
+    record, clock, corpus = Record(tmp_path / "x.json", {}), Clock(1.0), Corpus()
+    run = stage.Run(record, clock, lambda line: None)
+    made: list[FakeSide] = []
+
+    def make(name: str, fails_at: str) -> FakeSide:
+        assert all(one.closed for one in made if one.name == name)
+        made.append(FakeSide(name, tmp_path, fails_at=fails_at))
+        return made[-1]
+
+    makers: Any = {NATIVE: partial(make, NATIVE, ""), PREFIX_CACHE: partial(make, PREFIX_CACHE, "ask")}
+    for number in (1, 2, 3):
+        anyhow: Any = corpus
+        stage.run_set("vllm", Driver(record, clock, run.say, number), makers, profile, anyhow, run)
+    assert [one.name for one in made] == [NATIVE, PREFIX_CACHE, NATIVE, NATIVE] and all(one.closed for one in made)
+    batches = list(batches_of(record.body["batches"], side=NATIVE, workload=CONVERSATIONS))
+    assert {(batch["processes"], batch["round"], batch["unit"][0]) for batch in batches} == {
+        (1, 1, "1"), (2, 2, "2"), (3, 3, "3"),
+    }  # fmt: skip
+    assert len({(batch["unit"], batch["step"]) for batch in batches}) == len(batches)
+    assert {batch["round"] for batch in batches_of(record.body["batches"], workload=RESUMED)} == {1, 2, 3}
+    assert record.body["sides"][PREFIX_CACHE]["status"] == "failed"
+
+
 def test_sides_without_a_tier_take_part_in_the_first_rounds_only(tmp_path: Path) -> None:
     talk = replace(TALK, recomputed_rounds=1)
     body = run_all([FakeSide("a", tmp_path), FakeSide("b", None)], tmp_path / "record.json", talk=talk)
