@@ -16,6 +16,7 @@ from memkv_engines.errors import ConfigError, GpuOverdue, LayoutError
 from memkv_engines.offload.client import IoClient
 from memkv_engines.offload.device_client import DeviceIoClient
 from memkv_engines.offload.direct_client import DirectIoClient
+from memkv_engines.offload.messages import Ready
 from memkv_engines.offload.results import LoadResult, StoreResult
 
 with warnings.catch_warnings():  # vLLM's own.
@@ -177,7 +178,7 @@ def test_a_worker_watches_where_its_pages_may_be_unmapped(
     calls: list[str] = []
     allocator = Allocator(calls)
     client = object.__new__(kind)
-    ready = SimpleNamespace(tier_name="a tier", mode_reason="a test")
+    ready = Ready(tier_name="a tier", mode_reason="a test")
     for name, value in (("start", lambda _: None), ("mode", "thread"), ("ready", ready)):
         monkeypatch.setattr(kind, name, value, raising=False)
     if kind is not IoClient:
