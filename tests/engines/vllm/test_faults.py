@@ -48,22 +48,27 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], list[Row]]:
+    """Rounds in which chunks are known to be in the tier, and those that begin with look-ups."""
     folder = tmp_path_factory.mktemp("faults")
     with ThreadPoolExecutor(2) as pool:
         known = [pool.submit(play_rounds, folder / str(i), [(n, 1024) for n in SOME[i::2]], i) for i in range(2)]
         looked_up = pool.submit(play_rounds, folder / "looked up", [(n, 1024) for n in LOOKED_UP], 2, forgets=True)
-        return [row for played in (*known, looked_up) for row in played.result()]
+        return [row for rows in known for row in rows.result()], looked_up.result()
 
 
-def test_never_wrong_tokens_never_a_dead_engine(rows: list[Row]) -> None:
-    check(rows)
-    assert len(rows) == len(SOME) + len(LOOKED_UP) + 3
+def test_never_wrong_tokens_never_a_dead_engine(played: tuple[list[Row], list[Row]]) -> None:
+    check([*played[0], *played[1]])
+    assert len(played[0]) + len(played[1]) == len(SOME) + len(LOOKED_UP) + 3
 
 
-def test_what_is_lost_is_counted(rows: list[Row]) -> None:
-    quiet = [row for row in rows if not row.detected and not row.is_control]
+def test_what_is_lost_is_counted(played: tuple[list[Row], list[Row]]) -> None:
     # What is late is not lost; a store that hangs is let go on.
-    harmless = {"slow reads", "slow writes", "hang in a write"}
-    unexpected = [row for row in quiet if row.fault not in harmless]
-    assert not unexpected
+    assert quiet(played[0]) <= {"slow reads", "slow writes", "hang in a write"}
+    # A look-up that finds no folder is told, as of a chunk that was never stored, that there is none.
+    assert quiet(played[1]) <= {"ENOENT in an open"}
+
+
+def quiet(rows: list[Row]) -> set[str]:
+    """The faults of which nothing was counted."""
+    return {row.fault for row in rows if not row.detected and not row.is_control}
