@@ -122,6 +122,25 @@ def test_the_process_behind_host_staging_is_not_refused_for_it(
     client.close()
 
 
+@pytest.mark.usefixtures("movers")
+def test_a_level_of_memory_is_in_the_hosts(quick: Path) -> None:
+    client = worker_client(config_for(quick, memory_bytes=8 << 20), [POOL.spec()], stores=True, pages=PAGES)
+    assert isinstance(client, DeviceIoClient)
+    client.start()
+    hashes = chain(N, "kept")
+    assert store(client, make_store(POOL, hashes, range(N))) == ("stored",)
+    check_load(client, POOL, make_run(POOL, hashes, range(20, 24)), {20 + i: i for i in range(N)})
+    client.close()
+
+
+@pytest.mark.usefixtures("movers")
+@pytest.mark.parametrize(("key", "value"), [("gds", "on"), ("staging_medium", "gpu")])
+def test_gpudirect_and_a_level_of_memory_exclude_each_other(quick: Path, key: str, value: str) -> None:
+    both = config_for(quick, memory_bytes=8 << 20, **{key: value})
+    with pytest.raises(ConfigError, match=f"{key}={value} and memory_bytes={8 << 20}: .*leave out one of the two"):
+        worker_client(both, [POOL.spec()], stores=True, pages=PAGES)
+
+
 # -------------------------------------------------------------------------------------------------- several directories
 
 

@@ -250,6 +250,11 @@ def test_a_directory_that_cannot_be_used_is_refused(quick: Path, memory: Memory)
         ObjectStore(config_of(quick / "file"), memory.arena)
 
 
+def test_lmcache_has_its_own_level_of_memory(quick: Path, memory: Memory) -> None:
+    with pytest.raises(ConfigError, match=r"memory_bytes=1048576: .*--l1-size-gb"):
+        ObjectStore(config_of(quick, memory_bytes=1 << 20), memory.arena)
+
+
 # ---------------------------------------------------------------------------------------------------------- look-ups
 
 

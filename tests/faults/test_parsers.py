@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from memkv_engines.errors import IoServiceError, TierError
 from memkv_engines.limits import HASH_BYTES
 from memkv_engines.offload.messages import (
+    InMemory,
     Load,
     LoadDone,
     LoadRun,
@@ -59,6 +60,7 @@ REPLIES = [
     for message in (
         LoadDone(4, (N,), ("",), 1, 4096, 12),
         StoreDone(3, ("stored",), 4096, 4096),
+        InMemory((b"c" * 18,), (b"w" * 18,)),
         ProbeDone(5, (Segment(0, HASHES[-1][:16], N, 0, N, b"".join(HASHES)),), 3),
     )
 ]

@@ -245,9 +245,10 @@ REQUESTS = (
     messages.Stop(),
 )
 REPLIES = (
-    messages.Ready("tier", "why", ("/",)),
+    messages.Ready("tier", "why", ("/",), memory=messages.MemorySize(3, 4 << 20)),
     messages.LoadDone(4, (BLOCKS_PER_CHUNK,), ("",), 1, 4096, 12),
     messages.StoreDone(3, ("stored",), 4096, 4096),
+    messages.InMemory((b"c" * 18,), (b"w" * 18,)),
     messages.ProbeDone(5, (messages.Segment(0, HASHES[-1][:16], 4, 0, 4, b"".join(HASHES)),), 3),
 )
 
