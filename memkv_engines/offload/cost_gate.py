@@ -157,6 +157,8 @@ class CostGate:
         self._clock = clock
         self._load, self._memory, self._prefill = LoadCost(clock), LoadCost(clock), PrefillCost(clock)
         self._under_way: list[LoadTicket] = []
+        # Whether a load from the tier has ended well, even if it told little, being of memory for the most part.
+        self._has_read = False
         self._declining: dict[int, bool] = {}
         self._next_trial, self._trials = 0.0, 0
         # Trials that wait for their load, by start: where they may end, and what they may take.
@@ -211,6 +213,7 @@ class CostGate:
             if read_bytes <= 0:
                 self._memory.observe(memory_bytes, seconds)
                 return
+            self._has_read = True
             if memory_bytes > read_bytes and not stopped:
                 return  # Most of the time went into what was not read.
             moved = max(0, ticket.ahead_bytes) + read_bytes
@@ -235,9 +238,12 @@ class CostGate:
 
     @property
     def undecided(self) -> bool:
-        """Whether the first load of all is under way: who waits for it knows more."""
+        """Whether the first load of all from the tier is under way: who waits for it knows more."""
         with self._lock:
-            return self.enabled and not self._load.known and bool(self._under_way) and not self._overdue()
+            if not self.enabled or self._has_read or self._overdue():
+                return False
+            # What takes nothing from the tier tells nothing of it.
+            return any(ticket.size_bytes for ticket in self._under_way)
 
     def judge(self, hit: Candidate, block_tokens: int = 1, least_tokens: int = 0) -> Verdict:
         """How much of a hit to load. Counts: ask once for a request.

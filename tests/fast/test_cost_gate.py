@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -309,6 +310,22 @@ def test_who_comes_during_the_first_load_waits_for_what_it_tells() -> None:
     assert world.gate.judge(Candidate(0, 1000, 100 * MB)) == Verdict(0, "slower")
     world.gate.load_ended(ticket)
     assert world.gate.judge(Candidate(0, 1000, 100 * MB)).reason == "unmeasured"
+
+
+def test_nobody_waits_for_loads_that_tell_nothing_of_the_tier() -> None:
+    world = World(1000)
+    hit = Candidate(0, 1000, 100 * MB)
+    from_memory = world.gate.load_began(replace(hit, memory_tokens=1000, memory_bytes=100 * MB))
+    assert not world.gate.undecided
+    from_both = world.gate.load_began(replace(hit, memory_tokens=900, memory_bytes=90 * MB))
+    assert world.gate.undecided
+    world.gate.load_ended(from_memory, 0, 0.01, memory_bytes=100 * MB)
+    world.gate.load_ended(from_both)
+    world.gate.load_began(replace(hit, memory_tokens=900, memory_bytes=90 * MB))
+    assert world.gate.undecided, "the first one failed"
+    from_both = world.gate.load_began(replace(hit, memory_tokens=900, memory_bytes=90 * MB))
+    world.gate.load_ended(from_both, 10 * MB, 0.02, memory_bytes=90 * MB)
+    assert not world.gate.undecided, "once is enough, whether or not the rate is known now"
 
 
 def test_a_load_nobody_hears_of_is_forgotten() -> None:
