@@ -56,6 +56,11 @@ def status_of(low: float, high: float, limit: float, *, at_most: bool) -> str:
     return MET if low >= limit else MISSED if high < limit else UNDECIDED
 
 
+def median_of(values: npt.NDArray[np.float64]) -> Statistic:
+    """Returns the statistic that is the median of the units' values."""
+    return lambda indices: float(np.median(values[indices]))
+
+
 def interval(
     units: int, statistic: Statistic, seed: int = 1, *, sets: Sequence[int] | None = None
 ) -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from benchmarks.compare.intervals import (
     Statistic,
     interval,
     judged,
+    median_of,
     status_of,
 )
 from benchmarks.compare.names import (
@@ -214,8 +214,7 @@ def judge_first_visit(batches: Sequence[Batch], side: str = MEMKV, baseline: str
     pairs = paired([b for b in batches if is_first_visit(b)], side, baseline)
 
     def ratio_of(numbers: Callable[[Batch], float]) -> Statistic:
-        ratios = np.array([numbers(ours) / numbers(theirs) for ours, theirs in pairs])
-        return lambda indices: float(np.median(ratios[indices]))
+        return median_of(np.array([numbers(ours) / numbers(theirs) for ours, theirs in pairs]))
 
     shares = np.array([ours["usage"]["io_process_cpu_s"] / theirs["usage"]["cpu_s"] for ours, theirs in pairs])
     return [
@@ -240,7 +239,7 @@ def judge_first_visit(batches: Sequence[Batch], side: str = MEMKV, baseline: str
             f"{side}: storing a first visit takes its I/O processes at most 2% of the CPU seconds that {baseline} uses "
             "(share)",
             len(pairs),
-            lambda indices: float(np.median(shares[indices])),
+            median_of(shares),
             FIRST_VISIT_COST - 1.0,
             at_most=True,
             sets=sets_of(pairs),
@@ -303,7 +302,7 @@ def noise_of(batches: Sequence[Batch], one: str = NO_CACHE, other: str = PREFIX_
     if len(pairs) < MIN_UNITS:
         return None
     ratios = np.array([ttft_s(a) / ttft_s(b) for a, b in pairs])
-    _, low, high = interval(len(pairs), lambda indices: float(np.median(ratios[indices])), sets=sets_of(pairs))
+    _, low, high = interval(len(pairs), median_of(ratios), sets=sets_of(pairs))
     return min(MAX_NOISE, max(high - 1.0, 1.0 / low - 1.0, 0.0))
 
 
@@ -335,15 +334,10 @@ def hit_cells(batches: Sequence[Batch], side: str, recomputing: Sequence[str], n
             # Too few for an interval. What is seen in all of them counts as long as it is far from the limit.
             cells.append(_few(side, what, ratios, share, noise))
             continue
-        statistic: Statistic = partial(_median_of, ratios)
-        ratio, low, high = interval(len(pairs), statistic, sets=sets_of(pairs))
+        ratio, low, high = interval(len(pairs), median_of(ratios), sets=sets_of(pairs))
         status = status_of(low, high, 1.0 + noise, at_most=True)
         cells.append(Cell(side, what, status, ratio, low, high, len(pairs), share))
     return cells
-
-
-def _median_of(values: npt.NDArray[np.float64], indices: Indices) -> float:
-    return float(np.median(values[indices]))
 
 
 def _few(side: str, what: str, ratios: npt.NDArray[np.float64], share: float, noise: float) -> Cell:

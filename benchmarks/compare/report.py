@@ -167,7 +167,7 @@ def _loss(
     if not pairs:
         return []
     ratios, sets = np.array([ratio for ratio, _ in pairs]), [number for _, number in pairs]
-    value, low, high = intervals.interval(len(pairs), lambda indices: float(np.median(ratios[indices])), sets=sets)
+    value, low, high = intervals.interval(len(pairs), intervals.median_of(ratios), sets=sets)
     worse = value < 1.0 if more_is_better else value > 1.0
     if not worse:
         return []

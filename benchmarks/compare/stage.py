@@ -368,10 +368,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clock, corpus = Clock(parsed.minutes), Corpus(model)
         late = {name: makers[name] for name in names if name == THROTTLED}
         run = Run(record, clock, say, tuple(late.items()))
+        started = {name: make for name, make in makers.items() if name in names and name != THROTTLED}
         for number in range(1, (profile.process_sets if is_vllm else 1) + 1):
             if number > 1 and run.is_late(f"sets of processes from {number} on"):
                 break
-            started = {name: make for name, make in makers.items() if name in names and name != THROTTLED}
             run_set(parsed.stage, Driver(record, clock, say, number), started, profile, corpus, run)
             empty(scratch)
         record.body["environment"]["stolen_share"] = harness.stolen_share(ticks, harness.cpu_ticks())
