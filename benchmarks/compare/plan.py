@@ -272,7 +272,7 @@ TALKS = replace(
     conversations=replace(DEFAULT.conversations, rounds=1),
     workloads=(CONVERSATIONS,),
     process_sets=12,
-    vllm_minutes=45.0,
+    vllm_minutes=60.0,
     vllm_sides=(NATIVE, MEMKV, MEMKV_MEMORY),
     apart="",
 )

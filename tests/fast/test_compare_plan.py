@@ -43,6 +43,14 @@ def test_a_side_is_given_the_time_that_its_longest_prompt_takes(dtype: str) -> N
     assert plan.prefill_s(long, 8000) > 2 * plan.prefill_s(plan.in_dtype(plan.DEFAULT, dtype), 8000), "a larger model"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_there_is_time_for_every_set_of_processes(dtype: str) -> None:
+    talks = plan.in_dtype(plan.TALKS, dtype)
+    sides = len(talks.vllm_sides)
+    needed_s = sum(one.seconds for one in plan.estimate_vllm(talks, sides, sides))
+    assert talks.process_sets > 1 and needed_s <= 60 * talks.vllm_minutes
+
+
 def test_what_does_not_fit_into_memory_is_told_before_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     wide = plan.in_dtype(plan.DEFAULT, "float32")
     runs = compare.runs_of(wide, ["vllm", "sglang"])
